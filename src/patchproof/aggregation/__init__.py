@@ -1,0 +1,7 @@
+"""How the outputs of the views become one label, and the proof that a patch cannot change it."""
+
+from patchproof.aggregation.base import Aggregation, Goal
+from patchproof.aggregation.challenger import ChallengerGame
+from patchproof.aggregation.double_masking import DoubleMasking
+
+__all__ = ["Aggregation", "ChallengerGame", "DoubleMasking", "Goal"]

@@ -1,0 +1,83 @@
+"""The challenger game (PatchCleanser, Appendix C) and its region certificate."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from patchproof.aggregation.base import CERTAIN
+from patchproof.aggregation.pairs import PairAggregation
+from patchproof.results import INVALID_LABEL, Case, Outputs
+
+
+class ChallengerGame(PairAggregation):
+    """Let masks with different labels play until one label is left.
+
+    The incumbent is first the mask of lowest index; the challenger is the remaining mask of lowest
+    index with another label. The two-mask label decides: the challenger wins if it confirms the
+    challenger's label, else the incumbent stays, also when it confirms neither. The loser is out.
+    At most M - 1 games are played. Masks with invalid labels do not take part.
+
+    **Certificate.** The label y stays at region r if some m in C(r), the masks that cover r, has
+    the one-mask label y, and entry (m, m') is y for every m' but those of C(r) whose own label is
+    y. Proof: m is never beaten. Its opponent has another label than y, so it is not one of the
+    exceptions, and the entry that decides is y, benign since m covers r. So m is still there when
+    one label is left, and that label is y. Entries within the tolerance count as not right.
+    """
+
+    def predict(self, outputs: Outputs) -> tuple[Tensor, Tensor]:
+        """Return the labels and the cases, (N,) int64 each, of decided images."""
+        table = outputs.labels[:, self.pair_to_view]
+        known = torch.ones_like(table, dtype=torch.bool)
+        incumbent, _, played = self._play(table, known)
+        one_mask = table.diagonal(dim1=1, dim2=2)
+        label = one_mask.gather(1, incumbent[:, None]).squeeze(1).clamp(min=0)
+        return label, torch.where(played, int(Case.CHALLENGER), int(Case.AGREED))
+
+    def _play(self, table: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Play every game whose two-mask label is known, in all images at once.
+
+        Returns:
+            The incumbents, (N,) int64; the challengers that wait for their two-mask label, (N,)
+            int64, or -1 where one label is left; whether any game was played, (N,) bool.
+        """
+        one_mask = table.diagonal(dim1=1, dim2=2)
+        image = torch.arange(len(table))
+        alive = one_mask != INVALID_LABEL
+        incumbent = alive.int().argmax(1)
+        played = torch.zeros(len(table), dtype=torch.bool)
+        while True:
+            rival = alive & (one_mask != one_mask[image, incumbent][:, None])
+            challenger = rival.int().argmax(1)
+            plays = rival.any(1) & known[image, incumbent, challenger]
+            if not plays.any():
+                waiting = torch.where(rival.any(1), challenger, -1)
+                return incumbent, waiting, played
+            played |= plays
+            wins = plays & (table[image, incumbent, challenger] == one_mask[image, challenger])
+            loser = torch.where(wins, incumbent, challenger)
+            alive[image[plays], loser[plays]] = False
+            incumbent = torch.where(wins, challenger, incumbent)
+
+    def _wanted_for_label(self, table: Tensor, known: Tensor, margins: Tensor) -> Tensor:
+        incumbent, waiting, _ = self._play(table, known)
+        wanted = torch.zeros_like(margins)
+        image = (waiting >= 0).nonzero().squeeze(1)
+        wanted[image, incumbent[image], waiting[image]] = CERTAIN
+        return wanted
+
+    def _holds(
+        self, table: Tensor, free: Tensor, labels: Tensor, patterns: Tensor, classes: int
+    ) -> Tensor:
+        right = ~free & (table == labels[:, None, None])
+        own = right.diagonal(dim1=1, dim2=2)
+        covers = (~patterns[:, self.one_mask_views]).float()
+        wrong = (~right).float()
+        excused = (wrong * own[:, None, :]) @ covers.T
+        unbeaten = own[:, :, None] & (wrong.sum(2, keepdim=True) == excused)
+        return (unbeaten & covers.T.bool()).any(1)
+
+    def _useful(self, right: Tensor, open_patterns: Tensor, covers: Tensor) -> Tensor:
+        own = right.diagonal(dim1=1, dim2=2)
+        rows = own & (open_patterns.float() @ covers.float() > 0)
+        return rows[:, :, None] | rows[:, None, :]

@@ -1,0 +1,58 @@
+"""Checks of what enters a defense."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from patchproof.results import PatchproofError
+from patchproof.threat.regions import ImageSize
+
+
+def check_model(model: object) -> nn.Module:
+    """Return ``model`` if it is a module in eval mode throughout, else raise."""
+    if not isinstance(model, nn.Module):
+        raise PatchproofError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if module.training:
+            where = f"its layer {name!r}" if name else "the model"
+            raise PatchproofError(
+                f"expected a model in eval mode, got {where} in training mode: call model.eval()"
+            )
+    return model
+
+
+def check_images(images: object, image_size: ImageSize) -> Tensor:
+    """Return ``images`` if they are float32 (N, C, H, W) in [0, 1] of that size, else raise."""
+    height, width = image_size
+    if not isinstance(images, Tensor) or images.dtype != torch.float32:
+        got = images.dtype if isinstance(images, Tensor) else type(images).__name__
+        raise PatchproofError(f"images: expected a float32 tensor, got {got}")
+    if images.ndim != 4 or tuple(images.shape[2:]) != (height, width) or not images.shape[1]:
+        raise PatchproofError(
+            f"images: expected shape (N, channels, {height}, {width}), got {tuple(images.shape)}"
+        )
+    if images.numel():
+        low, high = images.aminmax()
+        if not (low >= 0 and high <= 1):  # also where there is a NaN
+            raise PatchproofError(
+                f"images: expected pixels in [0, 1], got values from {low:.4g} to {high:.4g}"
+            )
+    return images
+
+
+def check_labels(labels: object, count: int) -> Tensor:
+    """Return ``labels`` as (N,) int64 on the CPU if they are whole numbers >= 0, else raise."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise PatchproofError(f"labels: expected an integer tensor, got {got}")
+    if tuple(labels.shape) != (count,):
+        raise PatchproofError(f"labels: expected shape ({count},), got {tuple(labels.shape)}")
+    return labels.cpu().long()
+
+
+def check_label_range(labels: Tensor, classes: int) -> None:
+    """Raise unless every label is a class."""
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise PatchproofError(f"labels: expected 0 to {classes - 1}, got {int(wrong[0])}")

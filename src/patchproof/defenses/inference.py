@@ -1,0 +1,137 @@
+"""Running a model reproducibly, in batches that fit and that are quick."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from patchproof.results import PatchproofError, RunError
+
+_CPU_VALUES = 2**20
+"""Input values of a default batch on the CPU: larger batches leave its caches."""
+_GPU_VALUES = 2**24
+_LARGEST_BATCH = 1024
+
+
+@contextmanager
+def exact_inference(device: torch.device) -> Iterator[None]:
+    """Run without gradients, autocast, TF32 and autotuning.
+
+    The same pixels then score the same up to the order of summation, which ``tolerance`` covers.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.inference_mode(),
+            torch.autocast(device.type, enabled=False),
+            torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+            ),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Return where a model's parameters are (the CPU if it has none)."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def default_batch_size(image: Tensor, device: torch.device) -> int:
+    """Return a batch size for images like ``image``, (C, H, W), by their number of values."""
+    values = _CPU_VALUES if device.type == "cpu" else _GPU_VALUES
+    fitting = max(8, min(_LARGEST_BATCH, values // image.numel()))
+    return 1 << (fitting.bit_length() - 1)
+
+
+def bytes_per_image(model: nn.Module, image: Tensor) -> int:
+    """Estimate the memory that a forward pass takes for each image of a batch.
+
+    Twice the largest input and output of any one layer: a residual connection keeps a second
+    activation alive.
+    """
+    largest = 0
+
+    def measure(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        nonlocal largest
+        tensors = [value for value in (*inputs, output) if isinstance(value, Tensor)]
+        largest = max(largest, sum(value.numel() * value.element_size() for value in tensors))
+
+    leaves = [module for module in model.modules() if not list(module.children())]
+    hooks = [module.register_forward_hook(measure) for module in leaves]
+    try:
+        model(image[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return 2 * largest
+
+
+def fastest_batch_size(forward: Callable[[int], object], largest: int, device: torch.device) -> int:
+    """Time batches of 8, 16, ... up to ``largest`` images and return the best size.
+
+    The smallest within 2% of the highest throughput is taken.
+    """
+    rates: dict[int, float] = {}
+    size = min(8, largest)
+    while size <= largest and (not rates or max(rates.values()) < 1.25 * [*rates.values()][-1]):
+        seconds = []
+        try:
+            for _ in range(3):
+                start = time.perf_counter()
+                forward(size)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - start)
+        except torch.OutOfMemoryError:
+            break
+        rates[size] = size / min(seconds[1:])
+        size *= 2
+    if not rates:
+        raise RunError(f"out of memory for a batch of {size} images")
+    return min(size for size, rate in rates.items() if rate >= 0.98 * max(rates.values()))
+
+
+def in_fitting_batches(
+    run: Callable[[Tensor, Tensor], Tensor], images: Tensor, forwards: Tensor
+) -> tuple[Tensor, int]:
+    """Call ``run`` on a batch, halving it as often as the device runs out of memory.
+
+    Returns:
+        The outputs of the whole batch, and the size of the batches that fit.
+
+    Raises:
+        RunError: not even one image fits.
+    """
+    size = len(images)
+    while True:
+        try:
+            parts = [
+                run(images[start : start + size], forwards[start : start + size])
+                for start in range(0, len(images), size)
+            ]
+            return torch.cat(parts), size
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise RunError(
+                    f"out of memory on {images.device} for a single image: {error}"
+                ) from error
+            size = (size + 1) // 2
+            if images.device.type == "cuda":
+                torch.cuda.empty_cache()
+            warnings.warn(f"out of memory: batches are halved to {size} images", stacklevel=2)
+
+
+def check_batch_size(batch_size: int | None) -> int | None:
+    """Return a batch size of at least 1, or None for the default, or raise."""
+    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+        raise PatchproofError(f"batch_size: expected images >= 1, got {batch_size!r}")
+    return batch_size
