@@ -64,7 +64,7 @@ class Outputs:
             score is not finite.
         known: (N, V) bool, the views that were evaluated; other entries mean nothing.
         classes: number of classes.
-        scores: (N, V, C) float32 for aggregations that read scores, None for those that read labels.
+        scores: (N, V, C) float32, or None if the aggregation reads labels and margins alone.
     """
 
     labels: Tensor

@@ -46,7 +46,7 @@ class PairAggregation(ABC):
     def _holds(
         self, table: Tensor, free: Tensor, labels: Tensor, patterns: Tensor, classes: int
     ) -> Tensor:
-        """Return whether the label stays if the attacker also sets ``free`` entries, (N, P) bool."""
+        """Return whether the label stays if ``free`` entries are the attacker's too, (N, P)."""
 
     @abstractmethod
     def _useful(self, right: Tensor, open_patterns: Tensor, covers: Tensor) -> Tensor:

@@ -107,8 +107,8 @@ class MaskSet:
                 the same for both axes or (rows, columns); at least their product covers a region.
 
         Raises:
-            PatchproofError: a budget below 1 or below the multiplicity, or a patch larger than the
-                image.
+            PatchproofError: a budget below 1 or below the multiplicity, a patch larger than the
+                image, or a multiplicity so high that masks coincide.
         """
         size = check_image_size(image_size)
         budgets = _per_axis("masks_per_side", masks_per_side)
@@ -124,9 +124,9 @@ class MaskSet:
         )
 
 
-def _per_axis(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+def _per_axis(name: str, value: object) -> tuple[int, int]:
     """Return ``value`` for rows and columns, or raise."""
-    match (value, value) if isinstance(value, int) else tuple(value):
+    match (value, value) if isinstance(value, int) else value:
         case (int(rows), int(columns)) if min(rows, columns) >= 1:
             return rows, columns
     raise PatchproofError(f"{name}: expected one or two whole numbers >= 1, got {value!r}")
@@ -144,5 +144,10 @@ def _intervals(n: int, p: int, k: int, c: int) -> list[tuple[int, int]]:
         starts: Iterable[int] = (*range(0, n - size, stride), max(0, n - size))
     else:
         starts = range(-(c - 1) * stride, n - p + 1, stride)
-    clipped = ((max(0, start), min(n, start + size)) for start in starts)
-    return list(dict.fromkeys((start, end - start) for start, end in clipped))
+    clipped = [(max(0, start), min(n, start + size)) for start in starts]
+    if len(set(clipped)) < len(clipped):
+        raise PatchproofError(
+            f"multiplicity: expected distinct masks, but {c} of {size} pixels on an axis of {n} "
+            f"coincide: take a smaller multiplicity or a larger budget than {k}"
+        )
+    return [(start, end - start) for start, end in clipped]
