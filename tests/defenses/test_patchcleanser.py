@@ -1,10 +1,11 @@
 from itertools import product
 
-import patchproof as pp
 import pytest
 import torch
-from patchproof.results import PatchproofError, RunError
 from torch import Tensor, nn
+
+import patchproof as pp
+from patchproof.results import PatchproofError, RunError
 
 LOGIT_GAP = 1.0
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from patchproof.results import PatchproofError
 from patchproof.threat import Box, MaskSet, RectanglePatch, SquarePatch
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from patchproof.results import PatchproofError
 from patchproof.threat import Box, RectanglePatch, SquarePatch, threat_from_dict
 

@@ -1,7 +1,8 @@
 import torch
+from torch import nn
+
 from patchproof.threat import MaskSet, SquarePatch
 from patchproof.views import MaskPairViews
-from torch import nn
 
 
 def test_each_distinct_union_is_one_view_and_hides_both_masks():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from patchproof.aggregation.base import CERTAIN
-from patchproof.aggregation.pairs import PairAggregation
+from patchproof.aggregation.pairs import Attack, PairAggregation
 from patchproof.results import INVALID_LABEL, Case, Outputs
 
 
@@ -59,25 +59,24 @@ class ChallengerGame(PairAggregation):
             alive[image[plays], loser[plays]] = False
             incumbent = torch.where(wins, challenger, incumbent)
 
-    def _wanted_for_label(self, table: Tensor, known: Tensor, margins: Tensor) -> Tensor:
+    def _wanted_for_label(self, outputs: Outputs) -> Tensor:
+        table, known = outputs.labels[:, self.pair_to_view], outputs.known[:, self.pair_to_view]
         incumbent, waiting, _ = self._play(table, known)
-        wanted = torch.zeros_like(margins)
+        wanted = torch.zeros(outputs.known.shape)
         image = (waiting >= 0).nonzero().squeeze(1)
-        wanted[image, incumbent[image], waiting[image]] = CERTAIN
+        wanted[image, self.pair_to_view[incumbent[image], waiting[image]]] = CERTAIN
         return wanted
 
-    def _holds(
-        self, table: Tensor, free: Tensor, labels: Tensor, patterns: Tensor, classes: int
-    ) -> Tensor:
-        right = ~free & (table == labels[:, None, None])
-        own = right.diagonal(dim1=1, dim2=2)
-        covers = (~patterns[:, self.one_mask_views]).float()
-        wrong = (~right).float()
+    def _holds(self, attack: Attack) -> Tensor:
+        right = attack.right
+        own = right[:, self.one_mask_views]
+        covers = (~attack.patterns[:, self.one_mask_views]).float()
+        wrong = (~right).float()[:, self.pair_to_view]
         excused = (wrong * own[:, None, :]) @ covers.T
         unbeaten = own[:, :, None] & (wrong.sum(2, keepdim=True) == excused)
         return (unbeaten & covers.T.bool()).any(1)
 
     def _useful(self, right: Tensor, open_patterns: Tensor, covers: Tensor) -> Tensor:
-        own = right.diagonal(dim1=1, dim2=2)
-        rows = own & (open_patterns.float() @ covers.float() > 0)
-        return rows[:, :, None] | rows[:, None, :]
+        own = right[:, self.one_mask_views]
+        row_is_useful = own & (open_patterns.float() @ covers > 0)
+        return row_is_useful.float() @ self.rows.T > 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchproof.aggregation.pairs import PairAggregation, majority
+from patchproof.aggregation.pairs import Attack, PairAggregation, majority
 from patchproof.results import INVALID_LABEL, Case, Outputs
 
 
@@ -56,71 +56,65 @@ class DoubleMasking(PairAggregation):
         case[~disagrees.any(1)] = Case.AGREED
         return label, case
 
-    def _wanted_for_label(self, table: Tensor, known: Tensor, margins: Tensor) -> Tensor:
-        one_mask = table.diagonal(dim1=1, dim2=2)
-        classes = int(table.max()) + 1
-        disagrees = one_mask != majority(one_mask, max(classes, 1))[:, None]
-        refuted = (known & (table != one_mask[:, :, None])).any(2) | (one_mask == INVALID_LABEL)
-        candidate = disagrees & ~refuted
+    def _wanted_for_label(self, outputs: Outputs) -> Tensor:
+        one_mask = outputs.labels[:, self.one_mask_views]
+        disagrees = one_mask != majority(one_mask, outputs.classes)[:, None]
+        disagrees &= one_mask != INVALID_LABEL
+        wanted = torch.zeros(outputs.known.shape)
+        image = disagrees.any(1).nonzero().squeeze(1)
+        if not len(image):
+            return wanted
+        one_mask, disagrees = one_mask[image], disagrees[image]
+        known = outputs.known[image][:, self.pair_to_view]
+        differs = outputs.labels[image][:, self.pair_to_view] != one_mask[:, :, None]
+        candidate = disagrees & ~(known & differs).any(2)
         unanimous = candidate & known.all(2)
-        settled = unanimous.int().cumsum(1) > 0  # a unanimous row ends the search
-        candidate &= ~settled
+        candidate &= unanimous.cumsum(1) == 0  # a unanimous row ends the search
         # Rows in order; within a row first what is likeliest to disagree: a second mask that is
         # sure of another label.
-        rows = len(self.pair_to_view)
-        order = 1.0 - torch.arange(rows) / rows
-        differs = one_mask[:, None, :] != one_mask[:, :, None]
-        sure = margins.diagonal(dim1=1, dim2=2)[:, None, :].sigmoid()
-        return candidate[:, :, None] * (order[:, None] + differs * sure / (2 * rows))
+        masks = len(self.pair_to_view)
+        order = 1.0 - torch.arange(masks) / masks
+        sure = outputs.margins[image][:, self.one_mask_views].sigmoid()
+        sure = sure[:, None, :] * (one_mask[:, None, :] != one_mask[:, :, None])
+        priority = candidate[:, :, None] * (order[:, None] + sure / (2 * masks))
+        views = self.pair_to_view.flatten().expand(len(image), -1)
+        wanted[image] = wanted[image].scatter_reduce_(1, views, priority.flatten(1), "amax")
+        return wanted
 
-    def _holds(
-        self, table: Tensor, free: Tensor, labels: Tensor, patterns: Tensor, classes: int
-    ) -> Tensor:
-        right = ~free & (table == labels[:, None, None])
-        covers = ~patterns[:, self.one_mask_views]
-        holds = right.all(2).float() @ covers.float().T > 0
+    def _holds(self, attack: Attack) -> Tensor:
+        row_is_right = (~attack.right).float() @ self.rows == 0
+        covers = ~attack.patterns[:, self.one_mask_views]
+        holds = row_is_right.float() @ covers.float().T > 0
         # (a') needs as many masks inside C(r) as outside.
         often = (2 * covers.sum(1) >= len(self.pair_to_view)).nonzero().squeeze(1)
-        open_images = (~holds[:, often]).any(1).nonzero().squeeze(1)
-        if len(often) and len(open_images):
-            holds[open_images[:, None], often] |= self._majority_holds(
-                table[open_images],
-                free[open_images],
-                right[open_images],
-                labels[open_images],
-                patterns[often],
-                classes,
-            )
+        image = (~holds[:, often]).any(1).nonzero().squeeze(1)
+        if len(image):
+            holds[image[:, None], often] |= self._holds_by_vote(attack.select(image, often))
         return holds
 
-    def _majority_holds(
-        self,
-        table: Tensor,
-        free: Tensor,
-        right: Tensor,
-        labels: Tensor,
-        patterns: Tensor,
-        classes: int,
-    ) -> Tensor:
+    def _holds_by_vote(self, attack: Attack) -> Tensor:
         """Return whether (a') and (b) hold, (N, P) bool, pattern by pattern to bound the memory."""
-        holds = torch.empty(len(table), len(patterns), dtype=torch.bool)
-        one_mask = table.diagonal(dim1=1, dim2=2)
-        for index, pattern in enumerate(patterns):
-            benign = ~free & ~pattern[self.pair_to_view]
-            votes = torch.zeros(len(table), classes, dtype=torch.int64)
-            inside = benign.diagonal(dim1=1, dim2=2)
+        table = attack.outputs[:, self.pair_to_view]
+        one_mask = attack.outputs[:, self.one_mask_views]
+        y = attack.labels[:, None]
+        higher = torch.arange(attack.classes) > y
+        holds = torch.empty(len(table), len(attack.patterns), dtype=torch.bool)
+        for index, pattern in enumerate(attack.patterns):
+            benign = ~attack.free & ~pattern
+            inside = benign[:, self.one_mask_views]
+            votes = torch.zeros(len(table), attack.classes, dtype=torch.int64)
             votes.scatter_add_(1, one_mask.clamp(min=0), inside.long())
-            lead = votes.gather(1, labels[:, None]) - votes - (~inside).sum(1, keepdim=True)
-            higher = torch.arange(classes) > labels[:, None]
-            wins = (lead > 0) | ((lead == 0) & higher)
-            wins.scatter_(1, labels[:, None], True)
-            above = torch.where(benign, table, -1).amax(2)
-            below = torch.where(benign, table, classes).amin(2)
-            guarded = (right & benign).any(2) | (below < above)
+            lead = votes.gather(1, y) - votes - (~inside).sum(1, keepdim=True)
+            wins = ((lead > 0) | ((lead == 0) & higher)).scatter_(1, y, True)
+            benign = benign[:, self.pair_to_view]
+            highest = torch.where(benign, table, -1).amax(2)
+            lowest = torch.where(benign, table, attack.classes).amin(2)
+            guarded = (benign & (table == y[:, :, None])).any(2) | (lowest < highest)
             holds[:, index] = wins.all(1) & guarded.all(1)
         return holds
 
     def _useful(self, right: Tensor, open_patterns: Tensor, covers: Tensor) -> Tensor:
-        rows = right.all(2) & (open_patterns.float() @ covers.float() > 0)
-        by_vote = (open_patterns & (2 * covers.sum(1) >= covers.shape[1])).any(1)
-        return rows[:, :, None] | rows[:, None, :] | by_vote[:, None, None]
+        row_may_be_right = (~right).float() @ self.rows == 0
+        row_is_useful = row_may_be_right & (open_patterns.float() @ covers > 0)
+        by_vote = (open_patterns & (2 * covers.sum(1) >= covers.shape[1])).any(1, keepdim=True)
+        return (row_is_useful.float() @ self.rows.T > 0) | by_vote
