@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -205,7 +205,7 @@ class Certification:
     @classmethod
     def concatenate(cls, parts: list[Certification], order: Tensor) -> Certification:
         """Join certificates of the same defense, image ``order[i]`` of the parts coming i-th."""
-        tensors = {
+        tensors: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts])[order]
             for name in cls._PER_IMAGE
         }

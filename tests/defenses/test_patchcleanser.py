@@ -1,4 +1,4 @@
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -149,7 +149,7 @@ def test_a_larger_patch_never_certifies_more_with_the_same_masks(small_model, im
         ).certify(images, labels, "never")
         for side in (1, 2, 3)
     ]
-    for smaller, larger in zip(certified, certified[1:], strict=False):
+    for smaller, larger in pairwise(certified):
         assert not (larger.certified & ~smaller.certified).any()
 
 

@@ -10,6 +10,7 @@ from patchproof.aggregation import ChallengerGame, DoubleMasking
 from patchproof.defenses.view_defense import ViewDefense
 from patchproof.results import PatchproofError
 from patchproof.threat import MaskSet, Threat, threat_from_dict
+from patchproof.threat.masks import per_axis
 from patchproof.threat.regions import ImageSize
 from patchproof.views import MaskPairViews
 
@@ -64,7 +65,11 @@ class PatchCleanser(ViewDefense):
         batch_size: int | None = None,
         memory_budget: int | None = None,
     ) -> None:
+        self.masks_per_side: tuple[int, int] | None = None
+        self.multiplicity: tuple[int, int] | None = None
         if mask_set is None:
+            self.masks_per_side = per_axis("masks_per_side", masks_per_side)
+            self.multiplicity = per_axis("multiplicity", multiplicity)
             mask_set = MaskSet.for_threat(threat, image_size, masks_per_side, multiplicity)
         elif mask_set.image_size != image_size or mask_set.threat != threat:
             mask_set = MaskSet(image_size, mask_set.boxes, threat)
@@ -97,6 +102,8 @@ class PatchCleanser(ViewDefense):
             "threat": self.threat.to_dict(),
             "image_size": list(self.image_size),
             "masks": [list(box) for box in self.mask_set.boxes],
+            "masks_per_side": self.masks_per_side and list(self.masks_per_side),
+            "multiplicity": self.multiplicity and list(self.multiplicity),
             "inference": self.inference,
             "fill": self.fill,
             "tolerance": self.tolerance,
@@ -107,7 +114,7 @@ class PatchCleanser(ViewDefense):
         """Return the defense of ``model`` that ``to_dict`` described."""
         threat = threat_from_dict(values["threat"])
         height, width = values["image_size"]
-        return cls(
+        defense = cls(
             model,
             threat,
             image_size=(height, width),
@@ -116,3 +123,7 @@ class PatchCleanser(ViewDefense):
             fill=values["fill"],
             tolerance=values["tolerance"],
         )
+        if values["masks_per_side"]:
+            defense.masks_per_side = tuple(values["masks_per_side"])
+            defense.multiplicity = tuple(values["multiplicity"])
+        return defense

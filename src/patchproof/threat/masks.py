@@ -111,8 +111,8 @@ class MaskSet:
                 image, or a multiplicity so high that masks coincide.
         """
         size = check_image_size(image_size)
-        budgets = _per_axis("masks_per_side", masks_per_side)
-        multiplicities = _per_axis("multiplicity", multiplicity)
+        budgets = per_axis("masks_per_side", masks_per_side)
+        multiplicities = per_axis("multiplicity", multiplicity)
         rows, columns = (
             _intervals(n, p, k, c)
             for n, p, k, c in zip(size, threat.extent(), budgets, multiplicities, strict=True)
@@ -124,7 +124,7 @@ class MaskSet:
         )
 
 
-def _per_axis(name: str, value: object) -> tuple[int, int]:
+def per_axis(name: str, value: object) -> tuple[int, int]:
     """Return ``value`` for rows and columns, or raise."""
     match (value, value) if isinstance(value, int) else value:
         case (int(rows), int(columns)) if min(rows, columns) >= 1:

@@ -1,0 +1,293 @@
+"""From the options of a command to a model, a defense and a data set."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from patchproof.cli.options import parse_memory, parse_pair, parse_threat
+from patchproof.results import PatchproofError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from patchproof.datasets import ImageDataset
+    from patchproof.defenses import PatchCleanser
+    from patchproof.models import ModelSpec
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which classifier, as the command line says it."""
+
+    weights: Path | None
+    model: str | None
+    classes: int | None
+    pretrained: bool
+    device: str
+
+
+@dataclass(frozen=True)
+class DefenseOptions:
+    """Which attacker and which PatchCleanser, as the command line says it."""
+
+    patch: str | None
+    covering: float | None
+    locations: str
+    masks: str
+    multiplicity: str
+    inference: Literal["double", "challenger"]
+    fill: float | None
+    tolerance: float | None
+    batch_size: int | None
+    memory: str | None
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model with what is known about it.
+
+    Attributes:
+        model: from images to logits, in eval mode.
+        spec: what it was built from.
+        card: how it was made; empty where nobody says.
+    """
+
+    model: nn.Module
+    spec: ModelSpec
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def fill(self) -> float | None:
+        """The grey level of the masked pixels that it was trained with."""
+        fill = self.card.get("made", {}).get("fill")
+        return None if fill is None else float(fill)
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """The names of its classes, by label."""
+        names = self.card.get("made", {}).get("class_names")
+        return None if names is None else [str(name) for name in names]
+
+
+def defend(
+    defense_file: Path | None,
+    model_options: ModelOptions,
+    defense_options: DefenseOptions,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    classes: int | None = None,
+) -> tuple[PatchCleanser, Classifier]:
+    """Load a saved defense, or build one around the classifier that the options name.
+
+    Args:
+        defense_file: written by ``defense.save``; None to build one.
+        model_options: the classifier to build.
+        defense_options: the defense to build.
+        image_size: (H, W) of the images; None for what the weights were made for.
+        channels: of the images; None for what the weights were made for.
+        classes: of the data, for models that the options give no number of classes.
+
+    Raises:
+        PatchproofError: options that contradict each other or the images, or a file that is not
+            there.
+        RunError: weights that are damaged or of another architecture.
+    """
+    if defense_file is not None:
+        defense, classifier = _load_defense(defense_file, model_options, defense_options)
+        _check_shape(defense_file, classifier.spec, image_size, channels)
+        return defense, classifier
+    classifier = build_classifier(model_options, image_size, channels, classes)
+    return build_defense(defense_options, classifier, classifier.spec.image_size), classifier
+
+
+def build_classifier(
+    options: ModelOptions,
+    image_size: tuple[int, int] | None = None,
+    channels: int | None = None,
+    classes: int | None = None,
+) -> Classifier:
+    """Build the model, and move it to its device.
+
+    Args:
+        options: which one.
+        image_size: (H, W) of the images; None for what the weights were made for.
+        channels: of the images; None for what the weights were made for.
+        classes: of the data, for models that the options give no number of classes.
+
+    Raises:
+        PatchproofError: options that contradict each other or the images, or a file that is not
+            there.
+        RunError: weights that are damaged or of another architecture.
+    """
+    from patchproof.models import ModelSpec, build_model, load_classifier, load_weights
+
+    if options.weights is not None and options.model is None:
+        model, card = load_classifier(options.weights)
+        spec = ModelSpec.from_dict(card["model"])
+        _check_shape(options.weights, spec, image_size, channels)
+        return Classifier(model.to(pick_device(options.device)), spec, card)
+    if options.model is None:
+        raise PatchproofError("expected --weights FILE, --model NAME or --defense FILE, got none")
+    if (
+        options.weights is None
+        and not options.pretrained
+        and not options.model.startswith("python:")
+    ):
+        raise PatchproofError(
+            f"expected --weights FILE or --pretrained for {options.model}, got neither"
+        )
+    if options.weights is not None and options.pretrained:
+        raise PatchproofError("expected one of --weights and --pretrained, got both")
+    classes = options.classes or classes
+    if classes is None or image_size is None or channels is None:
+        raise PatchproofError(f"expected --classes for {options.model}, got none")
+    spec = ModelSpec(options.model, classes, channels, image_size)
+    model = build_model(spec, pretrained=options.pretrained)
+    if options.weights is not None:
+        load_weights(model, options.weights)
+    return Classifier(model.eval().to(pick_device(options.device)), spec)
+
+
+def build_defense(
+    options: DefenseOptions, classifier: Classifier, image_size: tuple[int, int]
+) -> PatchCleanser:
+    """Defend a classifier, with the fill that it was trained with unless the options say another.
+
+    Raises:
+        PatchproofError: an option with a value that cannot be read, or out of range.
+    """
+    from patchproof.defenses import PatchCleanser
+    from patchproof.defenses.patchcleanser import DEFAULT_FILL, DEFAULT_TOLERANCE
+
+    fills = (options.fill, classifier.fill, DEFAULT_FILL)
+    return PatchCleanser(
+        classifier.model,
+        parse_threat(options.patch, options.covering, options.locations, image_size),
+        image_size=image_size,
+        masks_per_side=parse_pair("--masks", options.masks),
+        multiplicity=parse_pair("--multiplicity", options.multiplicity),
+        inference=options.inference,
+        fill=next(fill for fill in fills if fill is not None),
+        tolerance=DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance,
+        batch_size=options.batch_size,
+        memory_budget=None if options.memory is None else parse_memory(options.memory),
+    )
+
+
+def _load_defense(
+    path: Path, model_options: ModelOptions, defense_options: DefenseOptions
+) -> tuple[PatchCleanser, Classifier]:
+    from patchproof.defenses import load
+    from patchproof.models import ModelSpec, load_classifier
+
+    given = {
+        "--weights": model_options.weights,
+        "--model": model_options.model,
+        "--patch": defense_options.patch,
+        "--covering": defense_options.covering,
+    }
+    extra = [name for name, value in given.items() if value is not None]
+    if extra:
+        raise PatchproofError(f"expected --defense without {', '.join(extra)}, got both")
+    _, card = load_classifier(path)
+    defense = load(path, device=str(pick_device(model_options.device)))
+    defense.batch_size = defense_options.batch_size
+    if defense_options.memory is not None:
+        defense.memory_budget = parse_memory(defense_options.memory)
+    return defense, Classifier(defense.model, ModelSpec.from_dict(card["model"]), card)
+
+
+def _check_shape(
+    file: Path, spec: ModelSpec, image_size: tuple[int, int] | None, channels: int | None
+) -> None:
+    """Raise unless the images, as far as they are known, are what the file's model is for."""
+    expected = (*spec.image_size, spec.channels)
+    got = (*(image_size or spec.image_size), channels or spec.channels)
+    if got != expected:
+        raise PatchproofError(
+            f"{file}: expected images of {_by(expected)} (height, width, channels), got {_by(got)}"
+            "; --image-size resizes them"
+        )
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device that ``--device`` names.
+
+    Raises:
+        PatchproofError: no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise PatchproofError(
+            f"--device: expected a device of this machine, got {name!r}: {first_line}"
+        ) from error
+    return device
+
+
+def use_threads(count: int | None) -> None:
+    """Use this many processor threads, or PyTorch's choice for None."""
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def choose_slice(
+    dataset: ImageDataset, count: int | None, seed: int, indices: Path | None
+) -> ImageDataset:
+    """Return the images that ``--count`` and ``--seed``, or ``--indices`` choose.
+
+    Raises:
+        PatchproofError: both, a count out of range, or row numbers that the data set does not have.
+    """
+    if indices is None:
+        return dataset if count is None else dataset.sample(count, seed)
+    if count is not None:
+        raise PatchproofError("expected one of --count and --indices, got both")
+    position_of = {index: position for position, index in enumerate(dataset.indices.tolist())}
+    rows = read_rows(indices)
+    missing = [row for row in rows if row not in position_of]
+    if missing:
+        raise PatchproofError(
+            f"{indices}: expected row numbers of {dataset.name} {dataset.split}, got {missing[0]}"
+        )
+    return dataset.subset([position_of[row] for row in rows])
+
+
+def read_rows(path: Path) -> list[int]:
+    """Return the row numbers in a text file, or in the column ``index`` (else first) of a ``.csv``.
+
+    Raises:
+        PatchproofError: no such file, something that is not a number, or no number.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PatchproofError(f"--indices: expected a text file, got {path}: {error}") from error
+    words = text.replace(",", " ").split()
+    if path.suffix.lower() == ".csv":
+        table = [row for row in csv.reader(text.splitlines()) if row]
+        has_header = bool(table) and not table[0][0].strip().isdecimal()
+        column = table[0].index("index") if has_header and "index" in table[0] else 0
+        words = [row[column].strip() for row in table[has_header:]]
+    wrong = [word for word in words if not word.isdecimal()]
+    if wrong or not words:
+        got = repr(wrong[0]) if wrong else "none"
+        raise PatchproofError(f"{path}: expected row numbers from 0, got {got}")
+    return [int(word) for word in words]
+
+
+def _by(lengths: tuple[int, ...]) -> str:
+    return "x".join(str(length) for length in lengths)

@@ -1,0 +1,124 @@
+"""``patchproof certify``: certify a data set, write a results folder."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from patchproof.cli import options as opt
+
+
+def certify(
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Results folder. A run that was stopped goes on when the same command is given "
+            "again."
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="digits (comes with patchproof), mnist, cifar10, imagenette, imagenet (under "
+            "--root), or a folder: one folder of images a class, or Parquet files."
+        ),
+    ] = "digits",
+    root: Annotated[
+        Path | None, typer.Option(help="Folder with torchvision's data sets, for names.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch the data set if it is not under --root.")
+    ] = False,
+    split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
+    count: Annotated[
+        int | None,
+        typer.Option(help="Certify so many images, drawn with --seed; by default all."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sample that --count draws.")] = 0,
+    indices: Annotated[
+        Path | None,
+        typer.Option(
+            help="Certify these rows of the split: a text file of row numbers from 0, or the "
+            "column index of a .csv."
+        ),
+    ] = None,
+    image_size: opt.ImageSize = None,
+    weights: opt.Weights = None,
+    model: opt.Model = None,
+    classes: opt.Classes = None,
+    pretrained: opt.Pretrained = False,
+    defense: opt.Defense = None,
+    patch: opt.Patch = None,
+    covering: opt.Covering = None,
+    locations: opt.Locations = "anywhere",
+    masks: opt.Masks = "6",
+    multiplicity: opt.Multiplicity = "1",
+    inference: opt.Inference = "double",
+    fill: opt.Fill = None,
+    tolerance: opt.Tolerance = None,
+    stop: opt.Stop = "first_lost_region",
+    gallery: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Images to keep for the report with their vulnerability maps; 0 for none."
+        ),
+    ] = 9,
+    note: Annotated[
+        str, typer.Option(help="A remark for the report, such as how the data were made.")
+    ] = "",
+    batch_size: opt.BatchSize = None,
+    memory: opt.Memory = None,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+) -> None:
+    """Certify a data set: how many images keep their right label whatever a patch shows.
+
+    Needs a classifier (--weights, or --model with --weights or --pretrained) and an attacker
+    (--patch or --covering), or a saved --defense. Ctrl-C keeps what is finished.
+    """
+    from patchproof.cli.building import (
+        DefenseOptions,
+        ModelOptions,
+        choose_slice,
+        defend,
+        use_threads,
+    )
+    from patchproof.cli.running import certify_and_show
+    from patchproof.datasets import load_dataset
+
+    use_threads(threads)
+    size = None if image_size is None else opt.parse_pair("--image-size", image_size)
+    dataset = load_dataset(data, split, root=root, image_size=size, download=download)
+    dataset = choose_slice(dataset, count, seed, indices)
+    certifier, classifier = defend(
+        defense,
+        ModelOptions(weights, model, classes, pretrained, device),
+        DefenseOptions(
+            patch=patch,
+            covering=covering,
+            locations=locations,
+            masks=masks,
+            multiplicity=multiplicity,
+            inference=inference,
+            fill=fill,
+            tolerance=tolerance,
+            batch_size=batch_size,
+            memory=memory,
+        ),
+        dataset.image_size,
+        dataset.channels,
+        len(dataset.class_names),
+    )
+    about = {
+        "command": ["patchproof", *sys.argv[1:]],
+        "seed": seed,
+        "dataset_note": note,
+        "model_card": dict(classifier.card),
+    }
+    certify_and_show(
+        certifier, dataset, out, stop=stop, gallery=gallery, spec=classifier.spec, about=about
+    )
+    typer.echo(f"Make a report: patchproof report {out} --out {out / 'report.html'}")

@@ -1,0 +1,64 @@
+"""``patchproof list``: what there is, or what a file holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+INVENTORY = {
+    "models": {
+        "small-resnet": "residual network for images of 28 to 32 pixels, trained from scratch",
+        "tiny-resnet": "residual network for images of 8 pixels",
+        "timm:NAME": "any classifier of timm, such as timm:resnet50",
+        "torchvision:NAME": "any classifier of torchvision, such as torchvision:resnet18",
+        "python:package.module:factory": "your own function that returns a torch.nn.Module",
+    },
+    "data sets": {
+        "digits": "1,797 grey 8x8 digits; comes with patchproof",
+        "mnist": "grey 28x28 digits (torchvision, --root)",
+        "cifar10": "32x32 photographs in 10 classes (torchvision, --root)",
+        "imagenette": "10 classes of ImageNet, at 224x224 (torchvision, --root)",
+        "imagenet": "1,000 classes, at 224x224 (torchvision, --root)",
+        "FOLDER": "one folder of images a class, or Parquet files SPLIT-*.parquet",
+    },
+    "recipes": {
+        "cutout": "training with two random squares on each image, for PatchCleanser",
+        "plain": "the same without squares, for comparison",
+    },
+    "defenses": {
+        "PatchCleanser": "double masking or the challenger game: certified recovery for any model",
+    },
+    "threats": {
+        "--patch 5": "one square of 5x5 pixels, anywhere",
+        "--patch 5x7": "one rectangle, 5 pixels high and 7 wide",
+        "--patch 2.4%": "one square of a share as papers name it (on 32x32: 0.4%, 2.4%; on "
+        "224x224: 1%, 2%, 3%)",
+        "--covering 0.02": "one square of at least 2% of the pixels, side rounded up",
+        "--locations corners": "the patch in a corner, or in a box: top,left,height,width",
+    },
+}
+"""What the commands take, with a word on each."""
+
+
+def inventory(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            exists=True, dir_okay=False, help="A classifier or defense file, to show its card."
+        ),
+    ] = None,
+) -> None:
+    """List models, data sets, recipes, defenses and threats, or show the card of a file."""
+    if file is not None:
+        from patchproof.models import load_classifier
+
+        typer.echo(json.dumps(load_classifier(file)[1], indent=2))
+        return
+    for title, entries in INVENTORY.items():
+        typer.secho(title, bold=True)
+        width = max(map(len, entries))
+        for name, words in entries.items():
+            typer.echo(f"  {name:{width}}  {words}")

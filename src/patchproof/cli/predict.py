@@ -1,0 +1,200 @@
+"""``patchproof predict``: robust labels of image files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from patchproof.cli import options as opt
+
+if TYPE_CHECKING:
+    from patchproof.datasets import ImageDataset
+    from patchproof.datasets.images import EncodedPictures
+    from patchproof.defenses import PatchCleanser
+
+_AT_ONCE = 64
+"""Image files that are read before their labels are printed."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is said about one image file; ``error`` is empty if it could be read."""
+
+    file: str
+    label: int | None = None
+    class_name: str | None = None
+    case: str | None = None
+    patch_suspected: bool | None = None
+    forwards: int | None = None
+    error: str = ""
+
+    def in_words(self) -> str:
+        """Return one line for people."""
+        name = "" if self.class_name is None else f" ({self.class_name})"
+        suspected = "patch suspected" if self.patch_suspected else "no patch suspected"
+        return (
+            f"{self.file}: {self.label}{name}, case {self.case}, {suspected}, "
+            f"{self.forwards} forwards"
+        )
+
+
+def predict(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            exists=True, dir_okay=False, metavar="FILE...", help="Images: png, jpg, ..."
+        ),
+    ],
+    image_size: opt.ImageSize = None,
+    weights: opt.Weights = None,
+    model: opt.Model = None,
+    classes: opt.Classes = None,
+    pretrained: opt.Pretrained = False,
+    defense: opt.Defense = None,
+    patch: opt.Patch = None,
+    covering: opt.Covering = None,
+    locations: opt.Locations = "anywhere",
+    masks: opt.Masks = "6",
+    multiplicity: opt.Multiplicity = "1",
+    inference: opt.Inference = "double",
+    fill: opt.Fill = None,
+    tolerance: opt.Tolerance = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line, one for each file.")
+    ] = False,
+    batch_size: opt.BatchSize = None,
+    memory: opt.Memory = None,
+    device: opt.Device = "auto",
+    threads: opt.Threads = None,
+) -> None:
+    """Classify image files so that no patch of the given size can change a certified label.
+
+    For each file: the robust label, its name if known, the case, and whether a patch is suspected.
+    The case says how the label came about; "agreed" means that every masked image got the same
+    label, anything else that some masked images disagreed, as they do when a patch is there.
+
+    Images must have the size that the classifier was made for, unless --image-size is given. A file
+    that cannot be read is named, the others are still classified, and the exit code is 1.
+    """
+    from patchproof.cli.building import (
+        DefenseOptions,
+        ModelOptions,
+        defend,
+        use_threads,
+    )
+
+    use_threads(threads)
+    size = None if image_size is None else opt.parse_pair("--image-size", image_size)
+    made_for_a_size = defense is not None or model is None
+    size_of_files, channels = (None, None) if made_for_a_size else _survey(files)
+    defended, classifier = defend(
+        defense,
+        ModelOptions(weights, model, classes, pretrained, device),
+        DefenseOptions(
+            patch=patch,
+            covering=covering,
+            locations=locations,
+            masks=masks,
+            multiplicity=multiplicity,
+            inference=inference,
+            fill=fill,
+            tolerance=tolerance,
+            batch_size=batch_size,
+            memory=memory,
+        ),
+        size or size_of_files,
+        channels,
+    )
+    images = _dataset(files, defended.image_size, classifier.spec.channels, size is not None)
+    failed = False
+    for answer in _answers(defended, images, files, classifier.class_names):
+        failed |= bool(answer.error)
+        if as_json:
+            typer.echo(json.dumps(asdict(answer)))
+        elif not answer.error:
+            typer.echo(answer.in_words())
+        if answer.error:
+            typer.echo(f"patchproof: error: {answer.error}", err=True)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _answers(
+    defense: PatchCleanser,
+    images: ImageDataset,
+    files: Sequence[Path],
+    class_names: Sequence[str] | None,
+) -> Iterator[Answer]:
+    """Yield the answers in the order of the files, reading and classifying some at a time."""
+    import torch
+
+    from patchproof.results import Case, PatchproofError
+
+    for start in range(0, len(files), _AT_ONCE):
+        answers: dict[int, Answer] = {}
+        read = {}
+        for position in range(start, min(start + _AT_ONCE, len(files))):
+            try:
+                read[position] = images.image(position)
+            except PatchproofError as error:
+                answers[position] = Answer(str(files[position]), error=str(error))
+        if read:
+            prediction = defense.infer(torch.stack(list(read.values())))
+            columns = (prediction.label, prediction.case, prediction.forwards)
+            for position, label, case, forwards in zip(
+                read, *(column.tolist() for column in columns), strict=True
+            ):
+                answers[position] = Answer(
+                    file=str(files[position]),
+                    label=label,
+                    class_name=None if class_names is None else class_names[label],
+                    case=Case(case).name.lower(),
+                    patch_suspected=case != Case.AGREED,
+                    forwards=forwards,
+                )
+        yield from (answers[position] for position in sorted(answers))
+
+
+def _pictures(files: Sequence[Path]) -> EncodedPictures:
+    from patchproof.datasets.images import EncodedPictures
+
+    return EncodedPictures(
+        content=lambda index: files[index].read_bytes(), describe=lambda index: str(files[index])
+    )
+
+
+def _survey(files: Sequence[Path]) -> tuple[tuple[int, int], int]:
+    """Return the size and the channels of the files, by the headers of those that can be read."""
+    from patchproof.datasets.images import survey
+    from patchproof.results import RunError
+
+    sizes, channels = survey(_pictures(files), range(len(files)))
+    if not sizes:
+        raise RunError(f"expected image files, got none that can be read in {len(files)}")
+    return min(sizes), channels
+
+
+def _dataset(
+    files: Sequence[Path], image_size: tuple[int, int], channels: int, resized: bool
+) -> ImageDataset:
+    """Read the files as data sets are read; their labels mean nothing."""
+    import torch
+
+    from patchproof.datasets import ImageDataset
+
+    return ImageDataset(
+        name="files",
+        split="all",
+        class_names=("unknown",),
+        image_size=image_size,
+        channels=channels,
+        labels=torch.zeros(len(files), dtype=torch.int64),
+        indices=torch.arange(len(files)),
+        pictures=_pictures(files),
+        resized=resized,
+    )

@@ -1,0 +1,25 @@
+"""``patchproof report``: a web page from results folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(metavar="RESULT...", help="Results folders of `patchproof certify`."),
+    ],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Make one self-contained HTML page from results folders.
+
+    It says the attacker in words, the accuracies with their intervals, and shows example images
+    with the places where a patch could still win. Unfinished runs are marked as such.
+    """
+    from patchproof.report import write_report
+
+    typer.echo(f"Report: {write_report(results, out)}")

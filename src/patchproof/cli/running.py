@@ -1,0 +1,122 @@
+"""Run a certification on a terminal: progress, Ctrl-C, a table of the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from patchproof.aggregation.base import Stop
+from patchproof.datasets import ImageDataset
+from patchproof.evaluation import Progress as RunProgress
+from patchproof.evaluation import Summary, certify_dataset
+from patchproof.evaluation.certifier import Certifier
+
+if TYPE_CHECKING:
+    from patchproof.models import ModelSpec
+
+
+def certify_and_show(
+    defense: Certifier,
+    dataset: ImageDataset,
+    out: Path,
+    *,
+    stop: Stop,
+    gallery: int,
+    spec: ModelSpec | None,
+    about: Mapping[str, Any],
+) -> Summary:
+    """Certify a data set with a progress bar on stderr, and print the figures.
+
+    Raises:
+        typer.Exit: Ctrl-C, after what is finished is written.
+    """
+    done = 0
+    columns = (
+        TextColumn("certifying"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[state]}"),
+    )
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task("", total=len(dataset), state="")
+
+    def show(progress: RunProgress) -> None:
+        nonlocal done
+        done = progress.done
+        bar.start()
+        bar.update(task, completed=done, state=_state(progress))
+
+    try:
+        summary = certify_dataset(
+            defense,
+            dataset,
+            out,
+            stop=stop,
+            gallery=gallery,
+            spec=spec,
+            about=about,
+            progress=show,
+        )
+    except KeyboardInterrupt as interrupt:
+        _stop(bar)
+        typer.echo(
+            f"patchproof: stopped after {done} of {len(dataset)} images, which are in {out}; "
+            "the same command goes on from there",
+            err=True,
+        )
+        raise typer.Exit(130) from interrupt
+    finally:
+        _stop(bar)
+    Console().print(_table(summary, defense.threat.describe()))
+    return summary
+
+
+def _stop(bar: Progress) -> None:
+    """Stop the bar if it was shown; stopping prints a line."""
+    if bar.live.is_started:
+        bar.stop()
+
+
+def _state(progress: RunProgress) -> str:
+    if progress.done == progress.total:
+        return "vulnerability maps"
+    if not progress.images_per_second:
+        return ""
+    return (
+        f"{progress.images_per_second:.3g} images/s, {_duration(progress.seconds_left)} left, "
+        f"clean {progress.clean_accuracy:.1%}, certified {progress.certified_accuracy:.1%}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _table(summary: Summary, threat: str) -> Table:
+    table = Table(title=f"{summary.count} images against {threat}", title_justify="left")
+    table.add_column("")
+    table.add_column("accuracy", justify="right")
+    table.add_column("95% interval", justify="right")
+    for name, share in (
+        ("undefended, clean image", summary.vanilla_accuracy),
+        ("defended, clean image", summary.clean_accuracy),
+        ("certified: right whatever the patch shows", summary.certified_accuracy),
+        ("the paper's condition", summary.paper_accuracy),
+    ):
+        table.add_row(name, f"{share.value:.1%}", f"{share.low:.1%} to {share.high:.1%}")
+    table.caption = (
+        f"{summary.forwards_per_image:.1f} model forwards per image, "
+        f"{summary.images_per_second:.3g} images/s"
+        + (f"; {summary.corrupt} corrupt, left out" if summary.corrupt else "")
+    )
+    table.caption_justify = "left"
+    return table

@@ -1,0 +1,51 @@
+"""What the evaluation asks of a defense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from patchproof.aggregation.base import Stop
+from patchproof.results import Certification
+from patchproof.threat import Threat
+
+
+class Certifier(Protocol):
+    """A defense that certifies labelled images against its threat."""
+
+    @property
+    def model(self) -> nn.Module:
+        """From images (N, C, H, W) in [0, 1] to logits (N, classes)."""
+
+    @property
+    def threat(self) -> Threat:
+        """What the attacker may do."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) in pixels."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Views in one forward pass; None where none is chosen yet."""
+
+    def tune_batch_size(self, image: Tensor) -> int:
+        """Measure which batch size is fastest for images (C, H, W) like this, and keep it."""
+
+    def certify(self, images: Tensor, labels: Tensor, stop: Stop = ...) -> Certification:
+        """Certify N images."""
+
+    def certify_stream(
+        self, examples: Iterable[tuple[int, Tensor, int]], stop: Stop = ...
+    ) -> Iterator[tuple[list[int], Certification]]:
+        """Certify (key, image, label) and yield the keys of finished images with their results."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything that decides the verdicts, apart from the model, as JSON values."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""

@@ -1,0 +1,25 @@
+"""Classifiers: small networks, adapters for timm, torchvision and your own, and their weights."""
+
+from patchproof.models.preprocessed import Preprocessed
+from patchproof.models.small import SmallResNet, TinyResNet
+from patchproof.models.spec import ModelSpec, build_model
+from patchproof.models.weights import (
+    load_classifier,
+    load_weights,
+    model_digest,
+    save_classifier,
+    write_atomically,
+)
+
+__all__ = [
+    "ModelSpec",
+    "Preprocessed",
+    "SmallResNet",
+    "TinyResNet",
+    "build_model",
+    "load_classifier",
+    "load_weights",
+    "model_digest",
+    "save_classifier",
+    "write_atomically",
+]

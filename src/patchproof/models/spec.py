@@ -1,0 +1,166 @@
+"""Which network: a name and its options, from which the network is built again."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from patchproof.models.preprocessed import Preprocessed
+from patchproof.models.small import SmallResNet, TinyResNet
+from patchproof.results import PatchproofError, RunError
+
+_OWN = {"small-resnet": SmallResNet, "tiny-resnet": TinyResNet}
+_NAMES = f"{', '.join(_OWN)}, timm:NAME, torchvision:NAME or python:package.module:factory"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a classifier is built from, apart from its weights.
+
+    Attributes:
+        name: ``small-resnet``, ``tiny-resnet``, ``timm:NAME``, ``torchvision:NAME`` or
+            ``python:package.module:factory``.
+        classes: number of classes.
+        channels: channels of the images.
+        image_size: (H, W) of the images, in pixels; a resize to another size is inside the model.
+        options: keyword arguments for the network; of ``python:`` factories, the only ones.
+    """
+
+    name: str
+    classes: int
+    channels: int
+    image_size: tuple[int, int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.classes < 1 or self.channels < 1 or min(self.image_size) < 1:
+            raise PatchproofError(
+                "expected positive classes, channels and image size, got "
+                f"{self.classes}, {self.channels} and {self.image_size}"
+            )
+        object.__setattr__(self, "image_size", (int(self.image_size[0]), int(self.image_size[1])))
+        object.__setattr__(self, "options", dict(self.options))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the specification as JSON values."""
+        return asdict(self) | {"image_size": list(self.image_size)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
+        """Return the specification that ``to_dict`` wrote."""
+        return cls(**{**values, "image_size": tuple(values["image_size"])})
+
+
+def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
+    """Build a classifier from images (N, C, H, W) in [0, 1] to logits (N, classes), in eval mode.
+
+    Args:
+        spec: which network.
+        pretrained: load the weights published with a ``timm:`` or ``torchvision:`` model.
+
+    Raises:
+        PatchproofError: no such model (the message names close matches), options that it does not
+            take, or published weights of a network that has none.
+        RunError: the published weights cannot be fetched.
+    """
+    source, _, name = spec.name.partition(":")
+    try:
+        if source == "timm":
+            model = _timm(name, spec, pretrained)
+        elif source == "torchvision":
+            model = _torchvision(name, spec, pretrained)
+        elif pretrained:
+            raise PatchproofError(f"expected a timm: or torchvision: model, got {spec.name!r}")
+        elif source == "python":
+            model = _python(name, spec)
+        elif spec.name in _OWN:
+            model = _OWN[spec.name](spec.classes, spec.channels, **spec.options)
+        else:
+            raise _unknown(spec.name, list(_OWN), _NAMES)
+    except TypeError as error:
+        raise PatchproofError(
+            f"expected options that {spec.name} takes, got {dict(spec.options)}: {error}"
+        ) from error
+    except (OSError, RuntimeError) as error:
+        if not pretrained:
+            raise
+        raise RunError(f"cannot get the published weights of {spec.name}: {error}") from error
+    if source == "python":  # left as the user made it
+        return model.eval()
+    return model.eval().to(memory_format=torch.channels_last)  # convolutions run fastest so
+
+
+def _unknown(name: str, known: list[str], expected: str) -> PatchproofError:
+    close = difflib.get_close_matches(name, known)
+    hint = f"; did you mean {' or '.join(close)}?" if close else ""
+    return PatchproofError(f"expected {expected}, got {name!r}{hint}")
+
+
+def _timm(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:
+    import timm
+    from timm.data.config import resolve_model_data_config
+
+    if not timm.is_model(name):
+        raise _unknown(name, timm.list_models(), "a timm model")
+    model = timm.create_model(
+        name,
+        pretrained=pretrained,
+        num_classes=spec.classes,
+        in_chans=spec.channels,
+        **spec.options,
+    )
+    data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    mean, std = (data[key][: spec.channels] for key in ("mean", "std"))
+    return Preprocessed(model, mean, std, tuple(data["input_size"][1:]))
+
+
+def _torchvision(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:
+    import torchvision
+
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        raise _unknown(name, known, "a torchvision classifier")
+    if spec.channels != 3:
+        raise PatchproofError(f"expected 3 channels for {spec.name}, got {spec.channels}")
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    if pretrained:
+        if spec.classes != len(weights.meta["categories"]):
+            raise PatchproofError(
+                f"expected {len(weights.meta['categories'])} classes for the published weights of "
+                f"{spec.name}, got {spec.classes}"
+            )
+        model = torchvision.models.get_model(name, weights=weights, **spec.options)
+    else:
+        model = torchvision.models.get_model(
+            name, weights=None, num_classes=spec.classes, **spec.options
+        )
+    transform = weights.transforms()
+    side = int(transform.crop_size[0])
+    return Preprocessed(model, transform.mean, transform.std, (side, side))
+
+
+def _python(name: str, spec: ModelSpec) -> nn.Module:
+    module_name, _, factory_name = name.partition(":")
+    if not factory_name:
+        raise PatchproofError(f"expected python:package.module:factory, got {spec.name!r}")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise PatchproofError(
+            f"expected an importable module, got {module_name!r}: {error}"
+        ) from error
+    factory = getattr(module, factory_name, None)
+    if factory is None:
+        raise _unknown(factory_name, dir(module), f"a factory in {module_name}")
+    model = factory(**spec.options)
+    if not isinstance(model, nn.Module):
+        raise PatchproofError(
+            f"expected {spec.name} to return a torch.nn.Module, got {type(model)}"
+        )
+    return model

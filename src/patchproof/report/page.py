@@ -1,0 +1,243 @@
+"""The report: one self-contained HTML page of one or more runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from patchproof.evaluation.store import read_result
+from patchproof.evaluation.summary import Proportion
+from patchproof.models.weights import write_atomically
+from patchproof.report import plots
+from patchproof.report.published import SOURCE_NOTES, comparable, load_published
+from patchproof.report.runs import MEASURES, Run
+from patchproof.results import PatchproofError
+from patchproof.threat import Box
+
+_ENLARGED_UP_TO = 64
+"""Images of at most so many pixels a side are shown with hard pixel edges."""
+
+
+def write_report(folders: Sequence[Path], out: Path) -> Path:
+    """Write one HTML page that shows one or more runs and needs nothing else to be read.
+
+    Args:
+        folders: results folders that ``patchproof certify`` wrote, finished or not.
+        out: the page; an existing file is replaced whole.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        PatchproofError: no folders, one of them twice, not a results folder, one without a finished
+            image, or a folder where the page should be.
+        RunError: a results folder is damaged, or the page cannot be written.
+    """
+    if not folders:
+        raise PatchproofError("report: expected at least one results folder, got none")
+    if len({Path(folder).resolve() for folder in folders}) < len(folders):
+        raise PatchproofError("report: expected distinct results folders, got one more than once")
+    if out.is_dir():
+        raise PatchproofError(f"report: expected the name of a page to write, got the folder {out}")
+    page = render([Run(read_result(folder)) for folder in folders])
+    write_atomically(out, page.encode())
+    return out
+
+
+def render(runs: Sequence[Run]) -> str:
+    """Return the page of ``runs`` as HTML."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = _percent
+    published = load_published()
+    labels = _labels(runs)
+    return environment.get_template("page.html.jinja").render(
+        runs=[
+            {
+                "label": label,
+                "run": run,
+                "accuracies": run.accuracies(),
+                "published": _published(run, published),
+                "examples": _examples(run),
+                "masks": _mask_drawing(run),
+            }
+            for label, run in zip(labels, runs, strict=True)
+        ],
+        measures=MEASURES,
+        figures=[_accuracy_picture(runs, labels), *_budget_pictures(runs)],
+        scale=plots.heat_scale(),
+        enlarged_up_to=_ENLARGED_UP_TO,
+    )
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Return a short name for each run, told apart by the folder where needed."""
+    plain = [f"{run.dataset['name']}, {run.patch}: {run.system}" for run in runs]
+    return [
+        label if plain.count(label) == 1 else f"{label} ({run.result.folder.name})"
+        for label, run in zip(plain, runs, strict=True)
+    ]
+
+
+def _accuracy_picture(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, str]:
+    table = pd.DataFrame(
+        {"run": label, "measure": measure, **_interval(accuracy)}
+        for label, run in zip(labels, runs, strict=True)
+        for measure, accuracy in run.accuracies().items()
+    )
+    return _picture(
+        partial(plots.accuracy_figure, table),
+        "Accuracies of each run with 95% intervals, in percent: the figures of the table above.",
+        "Accuracies with 95% Wilson intervals. The hollow squares show what the paper's criterion "
+        "states.",
+    )
+
+
+def _budget_pictures(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Draw certified accuracy over the budget for runs that differ only in budget and patch."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.budget is not None:
+            groups.setdefault(run.but_for_budget_and_patch(), []).append(run)
+    pictures = []
+    for group in groups.values():
+        if len({run.budget for run in group}) < 2:
+            continue
+        table = pd.DataFrame(
+            {
+                "patch": run.patch,
+                "budget": run.budget,
+                **_interval(run.accuracies()["certified"]),
+            }
+            for run in group
+        )
+        points = ", ".join(
+            f"{run.patch} at {run.budget}: {_percent(run.accuracies()['certified'].value)}"
+            for run in group
+        )
+        first = group[0]
+        pictures.append(
+            _picture(
+                partial(plots.budget_figure, table),
+                f"Certified accuracy over masks per side. {points}.",
+                f"Certified accuracy over the budget of {first.defense['type']} on "
+                f"{first.dataset['name']}, with 95% Wilson intervals; the same model and images.",
+            )
+        )
+    return pictures
+
+
+def _picture(draw: Callable[[plots.Ink], Figure], alt: str, caption: str) -> dict[str, str]:
+    """Return a figure for light and for dark pages."""
+    return {
+        "light": plots.data_uri(plots.figure_png(draw(plots.ON_LIGHT))),
+        "dark": plots.data_uri(plots.figure_png(draw(plots.ON_DARK))),
+        "alt": alt,
+        "caption": caption,
+    }
+
+
+def _published(run: Run, table: pd.DataFrame) -> dict[str, Any]:
+    """Return the published rows to set beside a run, and what to bear in mind."""
+    name = str(run.dataset["name"]).lower()
+    if name not in set(table["dataset"]):  # imagenette160 is a size of imagenette
+        name = name.rstrip("0123456789-_")
+    rows = comparable(name, run.identity["threat"], run.image_size, table)
+    caveats = []
+    if spaces := sorted(set(rows["space"]) - {"", run.space}):
+        caveats.append(
+            f"Another coordinate space: some rows count the patch on images resized to "
+            f"{' or '.join(spaces)}; this run's is a {run.patch} pixels. These are different "
+            "threat models, and neither figure bounds the other."
+        )
+    sources = set(rows["source"])
+    caveats += [f"{name}: {note}" for name, note in SOURCE_NOTES.items() if name in sources]
+    if note := run.about.get("dataset_note"):
+        caveats.append(f"Data of this run: {note}")
+    records = rows.to_dict("records")
+    return {
+        "headlines": [row for row in records if row["headline"]],
+        "others": [row for row in records if not row["headline"]],
+        "caveats": caveats,
+    }
+
+
+def _examples(run: Run) -> list[dict[str, Any]]:
+    """Return the pictures of the gallery, each with its words and drawings."""
+    gallery = run.result.gallery
+    if gallery is None:
+        return []
+    rows = run.result.examples.set_index("index")
+    examples = []
+    for index, image, vulnerability in zip(
+        gallery.index.tolist(), gallery.image, gallery.vulnerability, strict=True
+    ):
+        if index not in rows.index:
+            continue
+        row = rows.loc[index]
+        label, vanilla, prediction = (int(row[name]) for name in ("label", "vanilla", "prediction"))
+        examples.append(
+            {
+                "index": index,
+                "label": run.class_name(label),
+                "vanilla": run.class_name(vanilla),
+                "vanilla_right": vanilla == label,
+                "prediction": run.class_name(prediction),
+                "right": prediction == label,
+                "case": row["case"],
+                "certified": bool(row["certified"]),
+                "image": plots.data_uri(plots.png(_rgb(image))),
+                "heat": plots.data_uri(plots.png(plots.heat(vulnerability))),
+                "worst": float(vulnerability.max()),
+            }
+        )
+    return examples
+
+
+def _mask_drawing(run: Run) -> dict[str, Any] | None:
+    """Return what to draw of the mask set: its first mask, the one in the middle, the outlines."""
+    if not run.masks:
+        return None
+    height, width = run.image_size
+
+    def off_centre(box: Box) -> float:
+        return math.hypot(box.top + (box.height - height) / 2, box.left + (box.width - width) / 2)
+
+    grey = round(255 * float(run.defense.get("fill", 0.5)))
+    return {
+        "first": run.masks[0],
+        "middle": min(run.masks, key=off_centre),
+        "outlines": "".join(
+            f"M{box.left} {box.top}h{box.width}v{box.height}h-{box.width}z" for box in run.masks
+        ),
+        "fill": f"rgb({grey} {grey} {grey})",
+    }
+
+
+def _rgb(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return an image (C, H, W) as (H, W, 3); grey images repeat their channel."""
+    return np.ascontiguousarray(
+        np.broadcast_to(image[:3], (3, *image.shape[1:])).transpose(1, 2, 0)
+    )
+
+
+def _interval(accuracy: Proportion) -> dict[str, float]:
+    return {"value": accuracy.value, "low": accuracy.low, "high": accuracy.high}
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}%"

@@ -1,0 +1,212 @@
+"""Figures: pure functions from tables to Matplotlib figures, legible and colour-blind safe."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import imsave
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+COLORMAP = "inferno"
+"""Of the vulnerability maps: perceptually uniform, dark where every region holds."""
+
+
+@dataclass(frozen=True)
+class Ink:
+    """The colours of a figure on a transparent ground.
+
+    Attributes:
+        text: labels and axes.
+        ground: of the page; behind labels on grid lines.
+        grid: grid lines.
+        series: colours told apart by readers with any colour vision, in order of use.
+    """
+
+    text: str
+    ground: str
+    grid: str
+    series: tuple[str, ...]
+
+
+ON_LIGHT = Ink(
+    "#1b1f24", "#ffffff", "#d5d9de", ("#0062a3", "#b34700", "#007a5a", "#8f4579", "#5c5c5c")
+)
+ON_DARK = Ink(
+    "#e8eaed", "#14171b", "#3d444d", ("#62b5f0", "#f09a4a", "#35c79a", "#e29ac8", "#b8b8b8")
+)
+
+_LABEL_WIDTH = 60
+_MARKERS = ("o", "s", "^", "D", "v")
+
+
+def accuracy_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
+    """Draw accuracies with their intervals, one row of the figure a run.
+
+    Args:
+        table: one row an accuracy: run (its label), measure (``"certified"``, ...), value, low,
+            high (in [0, 1]; NaN is left out). Runs and measures keep their order.
+        ink: colours.
+    """
+    runs = list(dict.fromkeys(table["run"]))
+    measures = list(dict.fromkeys(table["measure"]))
+    labels = [textwrap.fill(run, _LABEL_WIDTH) for run in runs]
+    label_lines = 1 + max((label.count("\n") for label in labels), default=0)
+    lines = len(measures) + label_lines + 0.4
+    with _style(ink):
+        figure = Figure(figsize=(5.0, 0.9 + 0.24 * lines * len(runs)), layout="constrained")
+        axes = figure.subplots()
+        for place, measure in enumerate(measures):
+            rows = table[(table["measure"] == measure) & table["value"].notna()]
+            offset = (place + label_lines + 0.2) / lines
+            heights = [runs.index(run) + offset for run in rows["run"]]
+            color = ink.series[place % len(ink.series)]
+            axes.errorbar(
+                rows["value"],
+                heights,
+                xerr=_bars(rows),
+                fmt=_MARKERS[place % len(_MARKERS)],
+                color=color,
+                markerfacecolor="none" if measure.startswith("paper") else color,
+                markersize=6,
+                capsize=3,
+                linewidth=1.4,
+                label=measure,
+            )
+            for value, height, high in zip(rows["value"], heights, rows["high"], strict=True):
+                axes.annotate(
+                    f"{100 * value:.1f}",
+                    (high, height),
+                    xytext=(6, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=9,
+                    color=color,
+                )
+        for height, label in enumerate(labels):
+            axes.annotate(
+                label,
+                (0, height + (label_lines - 0.2) / lines),
+                xytext=(2, 0),
+                textcoords="offset points",
+                va="bottom",
+                in_layout=False,
+                bbox={"facecolor": ink.ground, "edgecolor": "none", "pad": 1.0},
+            )
+        axes.set_yticks([])
+        axes.set_ylim(len(runs), -0.1)
+        axes.set_xlim(0, 1.09)
+        axes.set_xticks(np.linspace(0, 1, 6))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("share of the images, with 95% interval")
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+        figure.legend(
+            loc="outside upper center",
+            ncols=len(measures),
+            frameon=False,
+            handletextpad=0.3,
+            columnspacing=1.2,
+        )
+    return figure
+
+
+def budget_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
+    """Draw certified accuracy over the budget of masks, one line a patch.
+
+    Args:
+        table: one row a run: patch (its label), budget (masks per side), value, low, high (in
+            [0, 1]; NaN is left out).
+        ink: colours.
+    """
+    with _style(ink):
+        figure = Figure(figsize=(5.0, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for place, patch in enumerate(dict.fromkeys(table["patch"])):
+            rows = table[(table["patch"] == patch) & table["value"].notna()].sort_values("budget")
+            axes.errorbar(
+                rows["budget"],
+                rows["value"],
+                yerr=_bars(rows),
+                marker=_MARKERS[place % len(_MARKERS)],
+                color=ink.series[place % len(ink.series)],
+                capsize=3,
+                linewidth=1.6,
+                label=patch,
+            )
+        axes.set_ylim(0, 1.02)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("budget: masks per side")
+        axes.set_ylabel("certified accuracy")
+        axes.grid(axis="y")
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def heat(vulnerability: NDArray[Any]) -> NDArray[np.uint8]:
+    """Return a vulnerability map (H, W) as colours (H, W, 4); 0 and 1 are the scale's ends."""
+    colors = mpl.colormaps[COLORMAP](np.clip(vulnerability, 0.0, 1.0), bytes=True)
+    return np.asarray(colors, dtype=np.uint8)
+
+
+def heat_scale(stops: int = 9) -> list[str]:
+    """Return the colours of the map's scale from 0 to 1, as ``#rrggbb``."""
+    return [mpl.colors.to_hex(color) for color in mpl.colormaps[COLORMAP](np.linspace(0, 1, stops))]
+
+
+def png(pixels: NDArray[np.uint8]) -> bytes:
+    """Return pixels (H, W, 3 or 4) as a PNG file."""
+    buffer = io.BytesIO()
+    imsave(buffer, pixels, format="png")
+    return buffer.getvalue()
+
+
+def figure_png(figure: Figure, dpi: int = 200) -> bytes:
+    """Return a figure as a PNG file with a transparent ground."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=dpi, transparent=True)
+    return buffer.getvalue()
+
+
+def data_uri(png_file: bytes) -> str:
+    """Return a PNG file as a URI that carries it whole."""
+    return "data:image/png;base64," + b64encode(png_file).decode("ascii")
+
+
+def _bars(rows: pd.DataFrame) -> NDArray[Any]:
+    """Return the interval's distances below and above the values, (2, rows)."""
+    below, above = rows["value"] - rows["low"], rows["high"] - rows["value"]
+    return np.asarray([below, above], dtype=np.float64).clip(min=0.0)
+
+
+@contextmanager
+def _style(ink: Ink) -> Iterator[None]:
+    """Set text sizes and colours for the figures made inside."""
+    with mpl.rc_context(
+        {
+            "font.size": 10.0,
+            "text.color": ink.text,
+            "axes.labelcolor": ink.text,
+            "axes.edgecolor": ink.grid,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.axisbelow": True,
+            "xtick.color": ink.text,
+            "ytick.color": ink.text,
+            "grid.color": ink.grid,
+        }
+    ):
+        yield

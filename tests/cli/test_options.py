@@ -1,0 +1,118 @@
+"""Values of options: what is understood, and what is said of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from patchproof import Box, PatchproofError, RectanglePatch, SquarePatch
+from patchproof.cli.building import choose_slice, pick_device, read_rows
+from patchproof.cli.options import parse_memory, parse_pair, parse_threat
+from patchproof.datasets import load_dataset
+
+
+@pytest.mark.parametrize(("text", "pair"), [("6", (6, 6)), ("6x4", (6, 4)), (" 5X7 ", (5, 7))])
+def test_pairs(text: str, pair: tuple[int, int]) -> None:
+    assert parse_pair("--masks", text) == pair
+
+
+@pytest.mark.parametrize("text", ["0", "6x0", "", "x", "-1", "1.5", "6x4x2", "six"])
+def test_what_is_no_pair_is_named_with_its_option(text: str) -> None:
+    with pytest.raises(PatchproofError, match=r"^--masks: expected"):
+        parse_pair("--masks", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("2GiB", 2**31), ("500MB", 5 * 10**8), ("1.5 kib", 1536), ("4096", 4096)],
+)
+def test_memory_sizes(text: str, size: int) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "2 bananas", "-1GiB", "GiB"])
+def test_what_is_no_memory_size_is_refused(text: str) -> None:
+    with pytest.raises(PatchproofError, match="--memory: expected a size"):
+        parse_memory(text)
+
+
+@pytest.mark.parametrize(
+    ("patch", "covering", "locations", "threat"),
+    [
+        ("5", None, "anywhere", SquarePatch(5)),
+        ("5x7", None, "anywhere", RectanglePatch(5, 7)),
+        ("2.4%", None, "anywhere", SquarePatch(5)),
+        ("0.4%", None, "corners", SquarePatch(2, "corners")),
+        (None, 0.02, "anywhere", SquarePatch(5)),  # 20.48 pixels: 4x4 would be too small
+        ("3", None, "1,2,10,12", SquarePatch(3, Box(1, 2, 10, 12))),
+    ],
+)
+def test_threats(patch: str, covering: float, locations: str, threat: Any) -> None:
+    assert parse_threat(patch, covering, locations, (32, 32)) == threat
+
+
+@pytest.mark.parametrize(
+    ("patch", "covering", "locations", "message"),
+    [
+        (None, None, "anywhere", "exactly one"),
+        ("5", 0.02, "anywhere", "exactly one"),
+        ("3.7%", None, "anywhere", "published patch size"),
+        ("33", None, "anywhere", "no larger than the 32x32 image"),
+        ("5", None, "middle", "--locations: expected anywhere"),
+        ("5", None, "0,0,4,4", "holds a 5x5 patch"),
+        ("5", None, "30,0,9,9", "inside the 32x32 image"),
+        (None, 1.5, "anywhere", "fraction of pixels"),
+    ],
+)
+def test_impossible_threats(patch: str, covering: float, locations: str, message: str) -> None:
+    with pytest.raises(PatchproofError, match=message):
+        parse_threat(patch, covering, locations, (32, 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("rows.txt", "4 0\n17\n"),
+        ("rows.txt", "4, 0, 17"),
+        ("rows.csv", "4\n0\n17\n"),
+        ("rows.csv", "label,index\n1,4\n0,0\n1,17\n"),
+        ("rows.csv", "row,label\n4,1\n0,2\n17,3\n"),
+    ],
+)
+def test_row_numbers(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert read_rows(tmp_path / name) == [4, 0, 17]
+
+
+@pytest.mark.parametrize("text", ["", "1 two", "-1"])
+def test_what_are_no_row_numbers_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.txt").write_text(text)
+    with pytest.raises(PatchproofError, match="expected row numbers"):
+        read_rows(tmp_path / "rows.txt")
+
+
+def test_rows_are_chosen_by_their_number_in_the_split(tmp_path: Path) -> None:
+    (tmp_path / "rows.txt").write_text("8 3")
+    test = load_dataset("digits", "test")
+    chosen = choose_slice(test, None, 0, tmp_path / "rows.txt")
+    assert chosen.indices.tolist() == [8, 3]
+    assert chosen.labels.tolist() == [int(test.labels[8]), int(test.labels[3])]
+    (tmp_path / "rows.txt").write_text("8 99999")
+    with pytest.raises(PatchproofError, match="got 99999"):
+        choose_slice(test, None, 0, tmp_path / "rows.txt")
+    with pytest.raises(PatchproofError, match="one of --count and --indices"):
+        choose_slice(test, 3, 0, tmp_path / "rows.txt")
+
+
+def test_the_sample_is_the_seeds() -> None:
+    test = load_dataset("digits", "test")
+    first, second = (choose_slice(test, 5, seed, None).indices.tolist() for seed in (1, 2))
+    assert first == choose_slice(test, 5, 1, None).indices.tolist()
+    assert first != second
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    with pytest.raises(PatchproofError, match=r"--device: expected .* got 'abacus'"):
+        pick_device("abacus")
