@@ -188,7 +188,7 @@ class ViewDefense:
         """Measure which batch size is fastest for images like ``image`` (C, H, W), and keep it."""
         check_images(image[None], self.image_size)
         image = image.to(self.device)
-        largest = self._largest_batch(image, 4 * default_batch_size(image, self.device))
+        largest = self._largest_batch(image, 2 * default_batch_size(image, self.device))
         batch = image.expand(largest, -1, -1, -1)
         forwards = torch.arange(largest, device=image.device) % self._forwards
         self.batch_size = fastest_batch_size(
