@@ -20,7 +20,8 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def repeated(repeats: int, *measures: Callable[[], float]) -> list[list[float]]:
     return [[measure() for measure in measures] for _ in range(repeats)]
 
 
-def ratio(pairs: list[list[float]]) -> float:
-    return round(statistics.median(first / second for first, second in pairs), 3)
+def middle(values: Iterable[float]) -> float:
+    return round(statistics.median(values), 3)
 
 
 def build(arguments: argparse.Namespace) -> tuple[nn.Module, Tensor, Tensor | None]:
@@ -124,7 +125,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         model, pp.SquarePatch(arguments.patch), image_size=size, masks_per_side=arguments.masks
     )
     best = best_batch(model, images, arguments.largest_batch)
-    raw = lambda: forward_rate(model, images, best, arguments.seconds)
     defense.tune_batch_size(images[0])
 
     wrong = None
@@ -142,52 +142,40 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     mixed_images = images[mixed]
     mixed_labels = labels[mixed] if wrong is None else wrong
 
-    spent: dict[str, list[float]] = {"sure": [], "mixed": []}
+    seen: dict[str, pp.Certification] = {}
 
-    def certify_rate(name: str, some: Tensor, their: Tensor) -> float:
+    def certify(name: str, some: Tensor, their: Tensor) -> float:
+        """Return the seconds it takes."""
         start = time.perf_counter()
-        result = defense.certify(some, their)
-        elapsed = time.perf_counter() - start
-        spent[name] = result.forwards.float().tolist()
-        spent[f"{name} certified"] = result.certified.float().tolist()
-        spent[f"{name} rate"] = [len(some) / elapsed]
-        return float(result.forwards.sum()) / elapsed
+        seen[name] = defense.certify(some, their)
+        return time.perf_counter() - start
 
-    def predict_rate(some: Tensor) -> float:
+    def predict(groups: Iterable[Tensor]) -> float:
+        """Return forwards/s."""
         start = time.perf_counter()
-        forwards = 0
-        for group in some.split(arguments.predict_batch):
-            forwards += int(defense.infer(group).forwards.sum())
+        forwards = sum(int(defense.infer(group).forwards.sum()) for group in groups)
         return forwards / (time.perf_counter() - start)
 
-    def predict_one_rate() -> float:
-        start = time.perf_counter()
-        forwards = sum(int(defense.infer(image[None]).forwards) for image in images[sure][:8])
-        return forwards / (time.perf_counter() - start)
-
-    sure_pairs = repeated(
-        arguments.repeats, lambda: certify_rate("sure", images[sure], labels[sure]), raw
-    )
-    mixed_pairs = repeated(
-        arguments.repeats, lambda: certify_rate("mixed", mixed_images, mixed_labels), raw
-    )
-    plain = lambda: plain_rate(defense, images, arguments.seconds)
-    per_image = {
-        name: repeated(
-            arguments.repeats,
-            lambda name=name, some=some, their=their: (
-                certify_rate(name, some, their) and spent[f"{name} rate"][0]
-            ),
-            plain,
-        )
-        for name, some, their in (
-            ("sure", images[sure], labels[sure]),
-            ("mixed", mixed_images, mixed_labels),
-        )
+    raw = partial(forward_rate, model, images, best, arguments.seconds)
+    raw_36 = partial(forward_rate, model, images, 36, arguments.seconds)
+    plain = partial(plain_rate, defense, images, arguments.seconds)
+    sets = {"sure": (images[sure], labels[sure]), "mixed": (mixed_images, mixed_labels)}
+    runs = {
+        name: repeated(arguments.repeats, partial(certify, name, *pair), raw, plain)
+        for name, pair in sets.items()
     }
-    predict_pairs = repeated(arguments.repeats, lambda: predict_rate(mixed_images), raw)
-    raw36 = lambda: forward_rate(model, images, 36, arguments.seconds)
-    one_pairs = repeated(arguments.repeats, predict_one_rate, raw36)
+    batches = mixed_images.split(arguments.predict_batch)
+    predict_runs = repeated(arguments.repeats, partial(predict, batches), raw)
+    one_runs = repeated(arguments.repeats, partial(predict, images[sure][:8].split(1)), raw_36)
+
+    def rates(name: str) -> tuple[list[float], list[float]]:
+        """Return forwards/s over raw ones, and images/s over the plain algorithm's."""
+        count, forwards = len(seen[name]), int(seen[name].forwards.sum())
+        return (
+            [forwards / seconds / raw_rate for seconds, raw_rate, _ in runs[name]],
+            [count / seconds / plain_images for seconds, _, plain_images in runs[name]],
+        )
+
     return {
         "model": arguments.weights or arguments.model,
         "data": Path(arguments.data).name,
@@ -200,19 +188,19 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "python": platform.python_version(),
         "repeats": arguments.repeats,
         "images": arguments.images,
-        "raw_images_per_second": round(statistics.median(pair[1] for pair in sure_pairs), 1),
+        "raw_images_per_second": middle(raw_rate for _, raw_rate, _ in runs["sure"]),
         "raw_batch": best,
         "certify_batch": defense.batch_size,
-        "certify_over_raw": ratio(sure_pairs),
-        "certify_mixed_over_raw": ratio(mixed_pairs),
-        "forwards_per_certified_image": max(spent["sure"]),
-        "mixed_certified_share": round(statistics.mean(spent["mixed certified"]), 3),
-        "mixed_forwards_per_image": round(statistics.mean(spent["mixed"]), 1),
-        "certified_over_plain": ratio(per_image["sure"]),
-        "mixed_over_plain": ratio(per_image["mixed"]),
+        "certify_over_raw": middle(rates("sure")[0]),
+        "certify_mixed_over_raw": middle(rates("mixed")[0]),
+        "forwards_per_certified_image": int(seen["sure"].forwards.max()),
+        "mixed_certified_share": middle([float(seen["mixed"].certified.float().mean())]),
+        "mixed_forwards_per_image": middle([float(seen["mixed"].forwards.float().mean())]),
+        "certified_over_plain": middle(rates("sure")[1]),
+        "mixed_over_plain": middle(rates("mixed")[1]),
         "predict_batch": arguments.predict_batch,
-        "predict_over_raw": ratio(predict_pairs),
-        "predict_one_over_raw_36": ratio(one_pairs),
+        "predict_over_raw": middle(rate / raw_rate for rate, raw_rate in predict_runs),
+        "predict_one_over_raw_36": middle(rate / raw_rate for rate, raw_rate in one_runs),
     }
 
 

@@ -24,7 +24,7 @@ case ${1:?mnist, cifar10 or imagenette} in
   cifar10)
     note="CIFAR-10 re-compressed as JPEG by its source: close to, but not, the original pixels"
     for patch in 5 2; do
-      for recipe in cutout plain; do
+      for recipe in ${RECIPES:-cutout plain}; do
         $patchproof certify --data "$DATA/cifar10" --count 1000 --note "$note" \
           --weights zoo/cifar10-$recipe.safetensors --patch $patch --masks 6 \
           --out "$OUT/cifar10-${patch}x${patch}-k6-$recipe"
@@ -44,7 +44,7 @@ save_file(timm.create_model(sys.argv[1], num_classes=10).state_dict(), sys.argv[
 PYTHON
       $patchproof certify --data "$DATA/imagenette160" --split validation --count 20 --note "$note" \
         --model timm:$model --weights "$weights" --patch 2% --masks 6 --gallery 2 \
-        --out "$OUT/imagenette-2%-k6-$model"
+        --out "$OUT/imagenette-32x32-k6-$model"
     done
     ;;
 esac

@@ -1,6 +1,6 @@
 """Provable robustness of image classifiers against adversarial patches."""
 
-from patchproof.defenses import PatchCleanser, ViewDefense, load, save
+from patchproof.defenses import PatchCleanser, ViewDefense, load
 from patchproof.results import (
     ALERT,
     Case,
@@ -31,5 +31,4 @@ __all__ = [
     "Verdict",
     "ViewDefense",
     "load",
-    "save",
 ]

@@ -20,6 +20,11 @@ INVALID_LABEL = -1
 """The label of a view whose scores are not finite: it equals no class and is never returned."""
 
 
+ROUNDING = 1e-5
+"""Scores that differ by no more than this share of their magnitude count as equal: about a hundred
+roundings of float32, of scores too large for a tolerance in logits."""
+
+
 class PatchproofError(ValueError):
     """Bad input: the message says what was expected and what came (exit code 2)."""
 
@@ -61,7 +66,8 @@ class Outputs:
         labels: (N, V) int64, the class of the highest score (the lowest class of equal ones);
             ``INVALID_LABEL`` where a score is not finite.
         margins: (N, V) float32, the highest score minus the second highest (logits); 0 where a
-            score is not finite.
+            score is not finite, or where the difference is no larger than rounding of scores of
+            that magnitude (``ROUNDING``).
         known: (N, V) bool, the views that were evaluated; other entries mean nothing.
         classes: number of classes.
         scores: (N, V, C) float32, or None if the aggregation reads labels and margins alone.
@@ -88,10 +94,11 @@ class Outputs:
         """Enter the scores, (..., C), of the pairs of ``image`` and ``view``, (...) int64 each."""
         scores = scores.float()
         highest, second = scores.topk(2, dim=-1).values.unbind(-1)
-        margin = highest - second
+        margin = (highest - second).clamp(max=torch.finfo(torch.float32).max)
         finite = scores.isfinite().all(-1)
+        clear = finite & (margin > ROUNDING * torch.maximum(highest.abs(), second.abs()))
         self.labels[image, view] = torch.where(finite, scores.argmax(-1), INVALID_LABEL)
-        self.margins[image, view] = torch.where(finite, margin, 0.0)
+        self.margins[image, view] = torch.where(clear, margin, 0.0)
         self.known[image, view] = True
         if self.scores is not None:
             self.scores[image, view] = scores

@@ -65,6 +65,12 @@ def test_subset_refuses_positions_that_do_not_exist(
         grey.subset(positions)
 
 
+def test_subset_refuses_what_are_not_whole_numbers(grey: ImageDataset) -> None:
+    for positions in (grey.labels == 1, torch.tensor([0.5, 1.5])):
+        with pytest.raises(PatchproofError, match="positions as whole numbers, got torch"):
+            grey.subset(positions)
+
+
 def test_sample_is_seeded_sorted_and_without_replacement(grey: ImageDataset) -> None:
     first, again, other = grey.sample(6, 1), grey.sample(6, 1), grey.sample(6, 2)
     assert first.indices.tolist() == again.indices.tolist() == sorted(set(first.indices.tolist()))

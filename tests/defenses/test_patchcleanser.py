@@ -248,6 +248,15 @@ def test_tuning_keeps_a_measured_batch_size(small_model, images):
     assert defense.tune_batch_size(images[0]) == defense.batch_size >= 8
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("fitting", "best"), [(5, 4), (20, 16)])
+def test_tuning_keeps_to_what_fits_into_memory(small_model, images, fitting, best):
+    hungry = Hungry(small_model, fitting).eval()
+    defense = pp.PatchCleanser(hungry, pp.SquarePatch(2), image_size=(12, 12))
+    assert defense.tune_batch_size(images[0]) <= best
+    defense.predict(images)  # no warning: no batch runs out of memory
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

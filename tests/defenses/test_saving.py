@@ -28,7 +28,7 @@ def model():
 )
 def test_a_defense_comes_back_as_it_was(tmp_path, model, options):
     defense = pp.PatchCleanser(model, pp.SquarePatch(2), image_size=(8, 8), **options)
-    pp.save(defense, tmp_path / "robust.safetensors", SPEC, made={"by": "hand"})
+    defense.save(tmp_path / "robust.safetensors", SPEC, made={"by": "hand"})
     again = pp.load(tmp_path / "robust.safetensors")
     assert again.to_dict() == defense.to_dict()
     images = torch.rand(6, 1, 8, 8)
@@ -48,7 +48,7 @@ def test_a_classifier_without_a_defense_is_refused(tmp_path, model):
 
 def test_changed_weights_are_refused(tmp_path, model):
     path = tmp_path / "robust.safetensors"
-    pp.save(pp.PatchCleanser(model, pp.SquarePatch(2), image_size=(8, 8)), path, SPEC)
+    pp.PatchCleanser(model, pp.SquarePatch(2), image_size=(8, 8)).save(path, SPEC)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)

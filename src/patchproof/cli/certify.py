@@ -32,10 +32,12 @@ def certify(
     download: Annotated[
         bool, typer.Option("--download", help="Fetch the data set if it is not under --root.")
     ] = False,
-    split: Annotated[str, typer.Option(help="train, validation, test or all.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="train, validation or test; all for a folder without splits.")
+    ] = "test",
     count: Annotated[
         int | None,
-        typer.Option(help="Certify so many images, drawn with --seed; by default all."),
+        typer.Option(help="Certify this many images, drawn with --seed; by default all."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sample that --count draws.")] = 0,
     indices: Annotated[

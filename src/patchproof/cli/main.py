@@ -66,7 +66,7 @@ app.command(epilog="Example: patchproof demo")(demo)
 app.command(epilog="Example: patchproof train --data digits --out runs/digits")(train)
 app.command(
     epilog="Example: patchproof certify --weights runs/digits/model.safetensors --data digits "
-    "--patch 2 --masks 3 --out runs/digits-2x2"
+    "--patch 2 --masks 7 --out runs/digits-2x2"
 )(certify)
 app.command(epilog="Example: patchproof predict photo.png --weights model.safetensors --patch 5")(
     predict

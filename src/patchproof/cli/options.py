@@ -29,8 +29,9 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="What to load the weights into: small-resnet, tiny-resnet, timm:NAME, "
-        "torchvision:NAME or python:package.module:factory. Its resize and normalisation are "
-        "inside, so that the patch stays in the pixels of your images.",
+        "torchvision:NAME or python:package.module:factory (installed, or on PYTHONPATH). Its "
+        "resize and normalisation are inside, so that the patch stays in the pixels of your "
+        "images.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -38,7 +39,7 @@ Classes = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Number of classes of --model; by default those of the data.",
+        help="Number of classes of --model; by default those of the data. predict needs it.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -53,7 +54,7 @@ Pretrained = Annotated[
 Defense = Annotated[
     Path | None,
     typer.Option(
-        help="Defense file, saved by `patchproof.save` in Python: model, masks and patch in one. "
+        help="Defense file, saved by `defense.save` in Python: model, masks and patch in one. "
         "Replaces the options for model, attacker and defense.",
         rich_help_panel=_MODEL,
     ),
@@ -215,7 +216,9 @@ def parse_threat(
     from patchproof.threat import RectanglePatch, SquarePatch
 
     if (patch is None) == (covering is None):
-        raise _misuse("--patch or --covering", "exactly one of them", f"{patch} and {covering}")
+        raise _misuse(
+            "--patch or --covering", "exactly one of them", "none" if patch is None else "both"
+        )
     if covering is not None:
         size = SquarePatch.covering(covering, image_size).extent()
     elif patch is not None and patch.strip().endswith("%"):

@@ -72,7 +72,7 @@ def predict(
     device: opt.Device = "auto",
     threads: opt.Threads = None,
 ) -> None:
-    """Classify image files so that no patch of the given size can change a certified label.
+    """Classify image files robustly: a patch of the given size cannot change a certified label.
 
     For each file: the robust label, its name if known, the case, and whether a patch is suspected.
     The case says how the label came about; "agreed" means that every masked image got the same

@@ -13,7 +13,9 @@ def report(
         list[Path],
         typer.Argument(metavar="RESULT...", help="Results folders of `patchproof certify`."),
     ],
-    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    out: Annotated[
+        Path, typer.Option(help="The HTML file to write; one that exists is replaced.")
+    ] = Path("report.html"),
 ) -> None:
     """Make one self-contained HTML page from results folders.
 

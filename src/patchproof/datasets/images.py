@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 _GREY_MODES = ("1", "L")
+_WHOLE_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 class CorruptImageError(PatchproofError):
@@ -141,9 +142,12 @@ class ImageDataset:
         """Return the images at some positions, in that order.
 
         Raises:
-            PatchproofError: no position, or one outside 0 to ``len(self) - 1``.
+            PatchproofError: no position, one outside 0 to ``len(self) - 1``, or not whole numbers.
         """
-        chosen = torch.as_tensor(positions, dtype=torch.int64).reshape(-1)
+        chosen = torch.as_tensor(positions).reshape(-1)
+        if len(chosen) and chosen.dtype not in _WHOLE_NUMBERS:
+            raise PatchproofError(f"expected positions as whole numbers, got {chosen.dtype}")
+        chosen = chosen.long()
         if len(chosen) == 0 or int(chosen.min()) < 0 or int(chosen.max()) >= len(self):
             raise PatchproofError(
                 f"expected positions from 0 to {len(self) - 1}, got {chosen.tolist()[:5]}"

@@ -1,7 +1,7 @@
 """The named systems: each is views and an aggregation, evaluated by one loop."""
 
+from patchproof.defenses.loading import load
 from patchproof.defenses.patchcleanser import PatchCleanser
-from patchproof.defenses.saving import load, save
 from patchproof.defenses.view_defense import ViewDefense
 
-__all__ = ["PatchCleanser", "ViewDefense", "load", "save"]
+__all__ = ["PatchCleanser", "ViewDefense", "load"]

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from patchproof.results import PatchproofError
 from patchproof.threat.regions import ImageSize
 
 
 def check_model(model: object) -> nn.Module:
-    """Return ``model`` if it is a module in eval mode throughout, else raise."""
+    """Return ``model`` if it is a module in eval mode throughout, else raise.
+
+    Also refused: normalisation by the statistics of the batch, with which a patch on one view
+    changes the scores of all others.
+    """
     if not isinstance(model, nn.Module):
         raise PatchproofError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
+        where = f"its layer {name!r}" if name else "the model"
         if module.training:
-            where = f"its layer {name!r}" if name else "the model"
             raise PatchproofError(
                 f"expected a model in eval mode, got {where} in training mode: call model.eval()"
+            )
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise PatchproofError(
+                f"expected a model that scores each image by itself, got {where} that normalises "
+                "by the statistics of the batch: set track_running_stats=True"
             )
     return model
 

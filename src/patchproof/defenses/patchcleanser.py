@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
 from patchproof.aggregation import ChallengerGame, DoubleMasking
 from patchproof.defenses.view_defense import ViewDefense
+from patchproof.models import ModelSpec, save_classifier
 from patchproof.results import PatchproofError
 from patchproof.threat import MaskSet, Threat, threat_from_dict
 from patchproof.threat.masks import per_axis
@@ -108,6 +111,25 @@ class PatchCleanser(ViewDefense):
             "fill": self.fill,
             "tolerance": self.tolerance,
         }
+
+    def save(
+        self, path: Path | str, spec: ModelSpec, made: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the defense and the weights of its model to one safetensors file.
+
+        The card in the file's metadata holds the defense, the model's specification, the digest of
+        its weights and how it was made. ``patchproof.load`` reads it, and ``load_classifier`` the
+        model alone.
+
+        Args:
+            path: where; an existing file is replaced whole.
+            spec: what the model is built from (``python:package.module:factory`` for your own).
+            made: how the model was made, as JSON values.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        save_classifier(path, self.model, spec, {**(made or {}), "defense": self.to_dict()})
 
     @classmethod
     def from_dict(cls, model: nn.Module, values: dict[str, Any]) -> PatchCleanser:

@@ -191,9 +191,12 @@ class ViewDefense:
         largest = self._largest_batch(image, 2 * default_batch_size(image, self.device))
         batch = image.expand(largest, -1, -1, -1)
         forwards = torch.arange(largest, device=image.device) % self._forwards
-        self.batch_size = fastest_batch_size(
-            lambda size: self._evaluate(batch[:size], forwards[:size]), largest, self.device
-        )
+        with exact_inference(image.device):
+            self.batch_size = fastest_batch_size(
+                lambda size: self.views.evaluate(self.model, batch[:size], forwards[:size]),
+                largest,
+                image.device,
+            )
         return self.batch_size
 
     @property
@@ -296,5 +299,10 @@ class ViewDefense:
             raise PatchproofError(
                 f"model: expected logits of shape ({len(images)}, classes >= 2), "
                 f"got {(len(scores), *scores.shape[2:])}"
+            )
+        if self._classes not in (0, scores.shape[2]):
+            raise PatchproofError(
+                f"model: expected {self._classes} classes as before, got {scores.shape[2]}: "
+                "make a new defense for another model"
             )
         return scores

@@ -312,7 +312,10 @@ def _identity(
     """Return everything that decides the verdicts, as JSON values."""
     kind = type(defense.model)
     model = (
-        {"source": f"{kind.__module__}.{kind.__qualname__}"}
+        {
+            "source": f"{kind.__module__}.{kind.__qualname__}",
+            "architecture": hashlib.sha256(repr(defense.model).encode()).hexdigest(),
+        }
         if spec is None
         else {"spec": spec.to_dict()}
     )

@@ -39,6 +39,10 @@ class Preprocessed(nn.Module):
         self.register_buffer("mean", torch.tensor(mean).reshape(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).reshape(1, -1, 1, 1), persistent=False)
 
+    def extra_repr(self) -> str:
+        """Return the size that the model wants."""
+        return f"input_size={self.input_size}"
+
     def forward(self, images: Tensor) -> Tensor:
         """Map images (N, C, H, W) in [0, 1], of any size, to logits (N, classes)."""
         if self.input_size is not None and images.shape[2:] != self.input_size:

@@ -45,9 +45,12 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def model_digest(model: nn.Module) -> str:
-    """Return the SHA-256 of a model's names, types, shapes and values, wherever it lies."""
+    """Return the SHA-256 of a model's names, types, shapes and values, wherever it lies.
+
+    Buffers that are not saved with the weights, such as means of a normalisation, count too.
+    """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted({**dict(model.named_buffers()), **model.state_dict()}.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(values.numpy().tobytes())

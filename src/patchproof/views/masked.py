@@ -51,5 +51,7 @@ class MaskPairViews:
         if self._hidden_there.device != images.device:
             self._hidden_there = self.hidden.to(images.device)
         masked = images.masked_fill(self._hidden_there[forwards][:, None], self.fill)
-        scores: Tensor = model(masked)
+        scores = model(masked)
+        if not isinstance(scores, Tensor):
+            raise PatchproofError(f"model: expected logits, got {type(scores).__name__}")
         return scores[:, None]
