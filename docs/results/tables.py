@@ -1,6 +1,6 @@
 """Print a Markdown table of results folders.
 
-    python docs/results/tables.py docs/results/mnist-*
+python docs/results/tables.py docs/results/mnist-*
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from patchproof import PatchCleanser, SquarePatch, save
+from patchproof import PatchCleanser, SquarePatch
 from patchproof.evaluation import read_result
 from patchproof.models import ModelSpec, build_model
 
@@ -187,7 +187,7 @@ def test_predict_refuses_another_size_unless_it_may_resize(
     model = build_model(ModelSpec("tiny-resnet", 3, 1, (12, 12)))
     defense = PatchCleanser(model, SquarePatch(2), image_size=(12, 12), masks_per_side=2)
     spec = ModelSpec("tiny-resnet", 3, 1, (12, 12))
-    save(defense, workplace / "defense.safetensors", spec, {"class_names": ["a", "b", "c"]})
+    defense.save(workplace / "defense.safetensors", spec, {"class_names": ["a", "b", "c"]})
     line = "predict images/left/7.png --defense defense.safetensors"
     code, _, errors = patchproof(line)
     assert code == 1
@@ -203,7 +203,7 @@ def test_predict_refuses_another_size_unless_it_may_resize(
 def test_a_defense_replaces_model_and_attacker(patchproof: Patchproof, workplace: Path) -> None:
     spec = ModelSpec("tiny-resnet", 2, 1, (8, 8))
     defense = PatchCleanser(build_model(spec), SquarePatch(2), image_size=(8, 8), masks_per_side=2)
-    save(defense, workplace / "defense.safetensors", spec)
+    defense.save(workplace / "defense.safetensors", spec)
     line = "certify --data images --split all --defense defense.safetensors --out run --gallery 0"
     code, _, errors = patchproof(f"{line} --patch 2")
     assert code == 2

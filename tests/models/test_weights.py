@@ -18,6 +18,7 @@ from patchproof.models import (
     load_classifier,
     load_weights,
     model_digest,
+    read_card,
     save_classifier,
     write_atomically,
 )
@@ -165,3 +166,19 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_names_code_is_refused_unless_trusted(tmp_path: Path) -> None:
+    spec = ModelSpec("python:torch.nn:Linear", 2, 1, (2, 2), {"in_features": 4, "out_features": 2})
+    path = tmp_path / "model.safetensors"
+    save_classifier(path, build_model(spec), spec, {})
+    with pytest.raises(PatchproofError, match="runs no code of its own"):
+        load_classifier(path)
+    assert read_card(path)["model"]["name"] == spec.name
+    assert load_classifier(path, allow_code=True)[0].out_features == 2
+
+
+def test_a_card_cannot_make_timm_read_another_file(tmp_path: Path) -> None:
+    spec = ModelSpec("timm:resnet18", 2, 3, (32, 32), {"checkpoint_path": "elsewhere.pth"})
+    with pytest.raises(PatchproofError, match="options of the network, got checkpoint_path"):
+        build_model(spec)

@@ -29,31 +29,29 @@ class ChallengerGame(PairAggregation):
         """Return the labels and the cases, (N,) int64 each, of decided images."""
         table = outputs.labels[:, self.pair_to_view]
         known = torch.ones_like(table, dtype=torch.bool)
-        incumbent, _, played = self._play(table, known)
+        incumbent, _ = self._play(table, known)
         one_mask = table.diagonal(dim1=1, dim2=2)
         label = one_mask.gather(1, incumbent[:, None]).squeeze(1).clamp(min=0)
-        return label, torch.where(played, int(Case.CHALLENGER), int(Case.AGREED))
+        agreed = (one_mask == one_mask[:, :1]).all(1) & (one_mask[:, 0] != INVALID_LABEL)
+        return label, torch.where(agreed, int(Case.AGREED), int(Case.CHALLENGER))
 
-    def _play(self, table: Tensor, known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _play(self, table: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
         """Play every game whose two-mask label is known, in all images at once.
 
         Returns:
-            The incumbents, (N,) int64; the challengers that wait for their two-mask label, (N,)
-            int64, or -1 where one label is left; whether any game was played, (N,) bool.
+            The incumbents, (N,) int64, and the challengers that wait for their two-mask label,
+            (N,) int64, or -1 where one label is left.
         """
         one_mask = table.diagonal(dim1=1, dim2=2)
         image = torch.arange(len(table))
         alive = one_mask != INVALID_LABEL
         incumbent = alive.int().argmax(1)
-        played = torch.zeros(len(table), dtype=torch.bool)
         while True:
             rival = alive & (one_mask != one_mask[image, incumbent][:, None])
             challenger = rival.int().argmax(1)
             plays = rival.any(1) & known[image, incumbent, challenger]
             if not plays.any():
-                waiting = torch.where(rival.any(1), challenger, -1)
-                return incumbent, waiting, played
-            played |= plays
+                return incumbent, torch.where(rival.any(1), challenger, -1)
             wins = plays & (table[image, incumbent, challenger] == one_mask[image, challenger])
             loser = torch.where(wins, incumbent, challenger)
             alive[image[plays], loser[plays]] = False
@@ -61,7 +59,7 @@ class ChallengerGame(PairAggregation):
 
     def _wanted_for_label(self, outputs: Outputs) -> Tensor:
         table, known = outputs.labels[:, self.pair_to_view], outputs.known[:, self.pair_to_view]
-        incumbent, waiting, _ = self._play(table, known)
+        incumbent, waiting = self._play(table, known)
         wanted = torch.zeros(outputs.known.shape)
         image = (waiting >= 0).nonzero().squeeze(1)
         wanted[image, self.pair_to_view[incumbent[image], waiting[image]]] = CERTAIN

@@ -183,18 +183,24 @@ def _load_defense(
     path: Path, model_options: ModelOptions, defense_options: DefenseOptions
 ) -> tuple[PatchCleanser, Classifier]:
     from patchproof.defenses import load
-    from patchproof.models import ModelSpec, load_classifier
+    from patchproof.models import ModelSpec, read_card
 
     given = {
-        "--weights": model_options.weights,
-        "--model": model_options.model,
-        "--patch": defense_options.patch,
-        "--covering": defense_options.covering,
+        "--weights": model_options.weights is not None,
+        "--model": model_options.model is not None,
+        "--patch": defense_options.patch is not None,
+        "--covering": defense_options.covering is not None,
+        "--locations": defense_options.locations != "anywhere",
+        "--masks": defense_options.masks != "6",
+        "--multiplicity": defense_options.multiplicity != "1",
+        "--inference": defense_options.inference != "double",
+        "--fill": defense_options.fill is not None,
+        "--tolerance": defense_options.tolerance is not None,
     }
-    extra = [name for name, value in given.items() if value is not None]
+    extra = [name for name, is_given in given.items() if is_given]
     if extra:
         raise PatchproofError(f"expected --defense without {', '.join(extra)}, got both")
-    _, card = load_classifier(path)
+    card = read_card(path)
     defense = load(path, device=str(pick_device(model_options.device)))
     defense.batch_size = defense_options.batch_size
     if defense_options.memory is not None:

@@ -53,9 +53,9 @@ def inventory(
 ) -> None:
     """List models, data sets, recipes, defenses and threats, or show the card of a file."""
     if file is not None:
-        from patchproof.models import load_classifier
+        from patchproof.models import read_card
 
-        typer.echo(json.dumps(load_classifier(file)[1], indent=2))
+        typer.echo(json.dumps(read_card(file), indent=2))
         return
     for title, entries in INVENTORY.items():
         typer.secho(title, bold=True)

@@ -15,14 +15,14 @@ from patchproof.aggregation.base import Stop
 from patchproof.datasets import ImageDataset
 from patchproof.evaluation import Progress as RunProgress
 from patchproof.evaluation import Summary, certify_dataset
-from patchproof.evaluation.certifier import Certifier
 
 if TYPE_CHECKING:
+    from patchproof.defenses import PatchCleanser
     from patchproof.models import ModelSpec
 
 
 def certify_and_show(
-    defense: Certifier,
+    defense: PatchCleanser,
     dataset: ImageDataset,
     out: Path,
     *,
@@ -74,7 +74,7 @@ def certify_and_show(
         raise typer.Exit(130) from interrupt
     finally:
         _stop(bar)
-    Console().print(_table(summary, defense.threat.describe()))
+    Console().print(_table(summary, defense))
     return summary
 
 
@@ -86,7 +86,7 @@ def _stop(bar: Progress) -> None:
 
 def _state(progress: RunProgress) -> str:
     if progress.done == progress.total:
-        return "vulnerability maps"
+        return "finishing"
     if not progress.images_per_second:
         return ""
     return (
@@ -101,8 +101,11 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _table(summary: Summary, threat: str) -> Table:
-    table = Table(title=f"{summary.count} images against {threat}", title_justify="left")
+def _table(summary: Summary, defense: PatchCleanser) -> Table:
+    title = (
+        f"{summary.count} images against {defense.threat.describe()}; {len(defense.mask_set)} masks"
+    )
+    table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("accuracy", justify="right")
     table.add_column("95% interval", justify="right")

@@ -81,7 +81,7 @@ def load_dataset(
         splits = _digits()
     elif source in _TORCHVISION:
         if root is None:
-            raise PatchproofError(f"expected a root folder for {source}, got none")
+            raise PatchproofError(f"expected a root folder (--root) for {source}, got none")
         splits = _TORCHVISION[source](Path(root), download)
         if image_size is None and source in ("imagenette", "imagenet"):
             image_size = (224, 224)
@@ -106,7 +106,10 @@ def _select(splits: _Splits, split: str, name: str) -> tuple[_Rows, Tensor]:
     holds_out = "validation" not in splits and "train" in splits
     available = [*splits, "validation"] if holds_out else list(splits)
     if split not in available:
-        raise PatchproofError(f"expected split {' or '.join(available)} of {name}, got {split!r}")
+        hint = "; the folder has no splits" if available == ["all"] else ""
+        raise PatchproofError(
+            f"expected split {' or '.join(available)} of {name}, got {split!r}{hint}"
+        )
     if split not in ("train", "validation") or not holds_out:
         rows = splits[split]()
         return rows, torch.arange(len(rows.labels))
@@ -295,7 +298,7 @@ def _open(kind: Callable[..., Any], root: Path, split: str | bool, download: boo
     try:
         return kind(str(root), split, **({"download": True} if download else {}))
     except (RuntimeError, OSError) as error:
-        first_line = str(error).partition("\n")[0]
+        first_line = str(error).partition("\n")[0].replace("download=True", "--download")
         message = f"cannot open the data set under the root folder {root}: {first_line}"
         raise (RunError if download else PatchproofError)(message) from error
 

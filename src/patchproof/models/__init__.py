@@ -7,6 +7,7 @@ from patchproof.models.weights import (
     load_classifier,
     load_weights,
     model_digest,
+    read_card,
     save_classifier,
     write_atomically,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "load_classifier",
     "load_weights",
     "model_digest",
+    "read_card",
     "save_classifier",
     "write_atomically",
 ]

@@ -16,6 +16,14 @@ from patchproof.models.small import SmallResNet, TinyResNet
 from patchproof.results import PatchproofError, RunError
 
 _OWN = {"small-resnet": SmallResNet, "tiny-resnet": TinyResNet}
+_READ_FILES = {
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+}
+"""Options by which timm would read weights from elsewhere."""
 _NAMES = f"{', '.join(_OWN)}, timm:NAME, torchvision:NAME or python:package.module:factory"
 
 
@@ -106,6 +114,8 @@ def _timm(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:
     import timm
     from timm.data.config import resolve_model_data_config
 
+    if reading := _READ_FILES & spec.options.keys():
+        raise PatchproofError(f"expected options of the network, got {', '.join(sorted(reading))}")
     if not timm.is_model(name):
         raise _unknown(name, timm.list_models(), "a timm model")
     model = timm.create_model(

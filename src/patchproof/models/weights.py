@@ -86,12 +86,12 @@ def save_classifier(
     write_atomically(Path(path), save(tensors, metadata={"patchproof": json.dumps(card)}))
 
 
-def load_classifier(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
-    """Load a classifier that ``save_classifier`` saved, in eval mode, with its card.
+def read_card(path: Path | str) -> dict[str, Any]:
+    """Return the card of a file that ``save_classifier`` saved; nothing is built or run.
 
     Raises:
         PatchproofError: no such file, or not a classifier of this format.
-        RunError: the weights are damaged, or do not fit the model that the card names.
+        RunError: the file is damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -111,7 +111,32 @@ def load_classifier(path: Path | str) -> tuple[nn.Module, dict[str, Any]]:
             f"expected a {FORMAT} file, got {card.get('format', 'no card')!r} in {path}; "
             "use load_weights for weights alone"
         )
-    model = build_model(ModelSpec.from_dict(card["model"]))
+    return card
+
+
+def load_classifier(
+    path: Path | str, *, allow_code: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Load a classifier that ``save_classifier`` saved, in eval mode, with its card.
+
+    Args:
+        path: the file.
+        allow_code: let the card name a ``python:`` factory, which is imported and called: only for
+            files from somebody you trust.
+
+    Raises:
+        PatchproofError: no such file, not a classifier of this format, or a card that names a
+            ``python:`` factory without ``allow_code``.
+        RunError: the weights are damaged, or do not fit the model that the card names.
+    """
+    card = read_card(path)
+    spec = ModelSpec.from_dict(card["model"])
+    if spec.name.startswith("python:") and not allow_code:
+        raise PatchproofError(
+            f"{path}: expected a model that runs no code of its own, got {spec.name}; "
+            "load it with allow_code=True if you trust the file"
+        )
+    model = build_model(spec)
     load_weights(model, path)
     if (digest := model_digest(model)) != card["digest"]:
         raise RunError(f"expected weights of digest {card['digest']}, got {digest} in {path}")
@@ -142,8 +167,14 @@ def load_weights(model: nn.Module, path: Path | str) -> None:
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         first_line = str(error).partition("\n")[0]
         raise RunError(f"cannot read weights from {path}: {first_line}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+    if not isinstance(tensors, dict):
         raise RunError(f"expected a dictionary of tensors in {path}, got {type(tensors).__name__}")
+    others = [name for name, tensor in tensors.items() if not isinstance(tensor, Tensor)]
+    if others:
+        raise RunError(
+            f"expected a dictionary of tensors in {path}, got one that holds {others[0]!r} of type "
+            f"{type(tensors[others[0]]).__name__}"
+        )
     bare = isinstance(model, Preprocessed) and not any(
         name.startswith("model.") for name in tensors
     )

@@ -151,6 +151,11 @@ def train_cutout(
         raise PatchproofError(
             f"expected at least one batch of {recipe.batch_size} images, got {len(training)}"
         )
+    if recipe.square_sizes and recipe.square_sizes[1] >= min(spec.image_size):
+        raise PatchproofError(
+            f"expected squares smaller than the images of {spec.image_size} pixels, "
+            f"got sides up to {recipe.square_sizes[1]}"
+        )
     card = {
         **recipe.to_dict(),
         "model": spec.to_dict(),
@@ -160,8 +165,6 @@ def train_cutout(
             for data in (training, validation)
         },
     }
-    _claim_folder(out, card)
-
     accelerator, _, index = device.partition(":")
     try:
         fabric = Fabric(
@@ -174,6 +177,9 @@ def train_cutout(
             f"expected a device and a precision of this machine, got {device!r} and "
             f"{recipe.precision!r}: {error}"
         ) from error
+    if fabric.device.type == "cpu" and recipe.precision == "16-mixed":
+        raise PatchproofError("expected precision bf16-mixed or 32-true on a cpu, got 16-mixed")
+    _claim_folder(out, card)
     images, labels = (fabric.to_device(tensor) for tensor in training.tensors())
     clean, clean_labels = (fabric.to_device(tensor) for tensor in validation.tensors())
     torch.manual_seed(recipe.seed)
