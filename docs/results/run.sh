@@ -33,7 +33,7 @@ case ${1:?mnist, cifar10 or imagenette} in
     ;;
   imagenette)
     note="Weights as initialised: for timing and the report only. 224x224 images resized by their source"
-    for model in resnet50 vit_small_patch16_224; do
+    for model in resnet18 vit_tiny_patch16_224; do
       weights=${TMPDIR:-/tmp}/$model-initial.safetensors
       "$(dirname "$patchproof")/python" - "$model" "$weights" <<'PYTHON'
 import sys
