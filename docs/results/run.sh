@@ -3,7 +3,7 @@
 #   DATA=path/to/parquet/folders docs/results/run.sh mnist|cifar10|imagenette
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-DATA=${DATA:?a folder with mnist, cifar10 and imagenette160 in Parquet}
+DATA=${DATA:?a folder with mnist, cifar10 and imagenette in Parquet}
 OUT=${OUT:-docs/results}
 patchproof=${PATCHPROOF:-.venv/bin/patchproof}
 
@@ -42,7 +42,7 @@ from safetensors.torch import save_file
 torch.manual_seed(0)
 save_file(timm.create_model(sys.argv[1], num_classes=10).state_dict(), sys.argv[2])
 PYTHON
-      $patchproof certify --data "$DATA/imagenette160" --split validation --count 20 --note "$note" \
+      $patchproof certify --data "$DATA/imagenette" --split validation --count 20 --note "$note" \
         --model timm:$model --weights "$weights" --patch 2% --masks 6 --gallery 2 \
         --out "$OUT/imagenette-32x32-k6-$model"
     done

@@ -93,9 +93,9 @@ def load_dataset(
         splits = _parquet(parquet)
     else:
         splits = _image_folder(folder)
-    name = name or (
-        source if source == "digits" or source in _TORCHVISION else folder.resolve().name
-    )
+    if name is None:
+        named = source == "digits" or source in _TORCHVISION
+        name = source if named else folder.name or folder.resolve().name
     split = _SPLIT_NAMES.get(split, split)
     rows, indices = _select(splits, split, name)
     return _dataset(rows, indices, name, split, image_size)
