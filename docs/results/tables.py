@@ -19,11 +19,12 @@ def row(folder: Path) -> str:
     manifest = json.loads((folder / "manifest.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
     masks = manifest["identity"]["defense"]["masks"]
+    *_, height, width = max(masks, key=lambda box: box[2] * box[3])
     threat = manifest["identity"]["threat"]
     cells = [
         folder.name,
         f"{threat['height']}x{threat['width']}",
-        f"{len(masks)} of {masks[0][2]}x{masks[0][3]}",
+        f"{len(masks)} of {height}x{width}",
         *(
             percent(summary[f"{name}_accuracy"])
             for name in ("vanilla", "clean", "certified", "paper")
