@@ -70,13 +70,15 @@ class DoubleMasking(PairAggregation):
         candidate = disagrees & ~(known & differs).any(2)
         unanimous = candidate & known.all(2)
         candidate &= unanimous.cumsum(1) == 0  # a unanimous row ends the search
-        # Rows in order; within a row first what is likeliest to disagree: a second mask that is
-        # sure of another label.
+        # First, of each row, what is likeliest to disagree: a second mask that is sure of another
+        # label. Then all, by rows.
         masks = len(self.pair_to_view)
         order = 1.0 - torch.arange(masks) / masks
         sure = outputs.margins[image][:, self.one_mask_views].sigmoid()
         sure = sure[:, None, :] * (one_mask[:, None, :] != one_mask[:, :, None])
-        priority = candidate[:, :, None] * (order[:, None] + sure / (2 * masks))
+        open_sure = sure.masked_fill(known, -1.0)
+        likeliest = open_sure == open_sure.amax(2, keepdim=True)
+        priority = candidate[:, :, None] * (2 * likeliest + order[:, None] + sure / (2 * masks))
         views = self.pair_to_view.flatten().expand(len(image), -1)
         wanted[image] = wanted[image].scatter_reduce_(1, views, priority.flatten(1), "amax")
         return wanted

@@ -10,11 +10,11 @@ from torch import Tensor
 from patchproof.aggregation.base import CERTAIN
 from patchproof.results import Outputs
 
-_TRIED_AT_ONCE = 8
+_TRIED_AT_ONCE = 4
 """Views of one image in one batch, beyond those needed in any case: with more, more are wasted when
 one of them decides; with fewer, the steps get smaller."""
 
-_GROWTH = 4
+_GROWTH = 8
 """An image that has had more than this times as many views tried gets more at once."""
 
 
