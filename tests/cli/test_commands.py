@@ -54,7 +54,7 @@ def start_and_signal(line: str, folder: Path, number: signal.Signals) -> tuple[i
     """Start a slow run, send a signal when two images are finished, and return code and stderr."""
     environment = os.environ | {"PYTHONPATH": ".", "SECONDS_PER_FORWARD": "0.02"}
     process = subprocess.Popen(
-        command(f"{line} --batch-size 8"),
+        command(f"{line} --batch-size 1"),  # so that images finish one after the other
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -67,6 +67,7 @@ def start_and_signal(line: str, folder: Path, number: signal.Signals) -> tuple[i
         time.sleep(0.01)
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
+    assert not (folder / "summary.json").exists(), "the run ended before the signal came"
     return process.returncode, errors
 
 
