@@ -125,7 +125,7 @@ def _timm(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:
         in_chans=spec.channels,
         **spec.options,
     )
-    data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]
+    data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]  # timm has no types
     mean, std = (data[key][: spec.channels] for key in ("mean", "std"))
     return Preprocessed(model, mean, std, tuple(data["input_size"][1:]))
 
