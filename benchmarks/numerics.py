@@ -46,7 +46,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     defense = pp.PatchCleanser(
         model, pp.SquarePatch(arguments.patch), image_size=dataset.image_size, masks_per_side=3
     )
-    hidden = defense.views.hidden.to(images.device)
+    hidden = defense.views.hidden.pixels().to(images.device)
     views = torch.cat([image.masked_fill(hidden[:, None], 0.5) for image in images])
     threads = torch.get_num_threads()
     reference = margins(scores(model, views, 1))

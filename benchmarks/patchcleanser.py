@@ -1,15 +1,18 @@
 """How fast PatchCleanser is, as ratios to the raw throughput of the same model in the same run.
 
     python benchmarks/patchcleanser.py --weights model.safetensors --data PATH --patch 5
+    python benchmarks/patchcleanser.py --weights model.safetensors --data PATH --patch any:1% \
+        --shapes 3
     python benchmarks/patchcleanser.py --model timm:resnet18 --data PATH --patch 32
 
-The first form takes a trained classifier and the data set's labels. The second takes a network as
-it is built, with one logit raised so that all images are certified; in the mixed set it gives wrong
-labels to the images that shall not be.
+With ``--weights`` it takes a trained classifier and the data set's labels; with ``--model`` a
+network as it is built, with one logit raised so that all images are certified; in the mixed set it
+gives wrong labels to the images that shall not be.
 
 - raw: images/s of plain forward passes at the batch size that is best for them.
-- plain algorithm: all unordered pairs of masks, one pair at a time over a batch of 16 images, with
-  no early exit. It is timed on some of the pairs, since each costs the same.
+- plain algorithm: all unordered pairs of masks (of several patches, of unions of masks), one pair
+  at a time over a batch of 16 images, with no early exit. It is timed on some of the pairs, since
+  each costs the same.
 - Every ratio is the median over pairs of measurements, one right after the other.
 """
 
@@ -29,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import patchproof as pp
+from patchproof.cli.options import parse_threat
 from patchproof.datasets import load_dataset
 from patchproof.defenses.inference import exact_inference, model_device
 from patchproof.models import ModelSpec, build_model, load_classifier
@@ -122,7 +126,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     device = model_device(model)
     size = tuple(images.shape[2:])
     defense = pp.PatchCleanser(
-        model, pp.SquarePatch(arguments.patch), image_size=size, masks_per_side=arguments.masks
+        model,
+        parse_threat(arguments.patch, None, "anywhere", size),
+        image_size=size,
+        masks_per_side=arguments.masks,
+        shapes=arguments.shapes,
     )
     best = best_batch(model, images, arguments.largest_batch)
     defense.tune_batch_size(images[0])
@@ -180,8 +188,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "model": arguments.weights or arguments.model,
         "data": Path(arguments.data).name,
         "image_size": list(size),
-        "patch": arguments.patch,
+        "patch": defense.threat.label(),
         "masks": len(defense.mask_set),
+        "views": defense.views.count,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -211,7 +220,8 @@ def main() -> None:
     what.add_argument("--model", help="a network as it is built, such as timm:resnet18")
     parser.add_argument("--data", required=True, help="data set, name or path")
     parser.add_argument("--split", default="test")
-    parser.add_argument("--patch", type=int, required=True, help="side in pixels")
+    parser.add_argument("--patch", required=True, help="as for patchproof certify: 5, 2*3, any:1%%")
+    parser.add_argument("--shapes", type=int, help="covering rectangles for any:AREA")
     parser.add_argument("--masks", type=int, default=6, help="per side")
     parser.add_argument("--images", type=int, default=40, help="in each set")
     parser.add_argument("--candidates", type=int, default=200, help="images to choose them from")

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Every run behind the tables of this folder. A run that was stopped goes on when called again.
-#   DATA=path/to/parquet/folders docs/results/run.sh mnist|cifar10|imagenette
+#   DATA=path/to/parquet/folders docs/results/run.sh mnist|cifar10|threats|location|detection|imagenette
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?a folder with mnist, cifar10 and imagenette in Parquet}
 OUT=${OUT:-docs/results}
 patchproof=${PATCHPROOF:-.venv/bin/patchproof}
 
-case ${1:?mnist, cifar10 or imagenette} in
+case ${1:?mnist, cifar10, threats, location, detection or imagenette} in
   mnist)
     for masks in ${MASKS:-2 3 4 6 8}; do
       for patch in 5 2; do
@@ -23,13 +23,46 @@ case ${1:?mnist, cifar10 or imagenette} in
     ;;
   cifar10)
     note="CIFAR-10 re-compressed as JPEG by its source: close to, but not, the original pixels"
-    for patch in 5 2; do
-      for recipe in ${RECIPES:-cutout plain}; do
+    for patch in ${PATCHES:-5 2}; do
+      for recipe in ${RECIPES:-plain cutout greedy}; do
         $patchproof certify --data "$DATA/cifar10" --count 1000 --note "$note" \
           --weights zoo/cifar10-$recipe.safetensors --patch $patch --masks 6 \
           --out "$OUT/cifar10-${patch}x${patch}-k6-$recipe"
       done
     done
+    ;;
+  threats)
+    # Table 4: any rectangle of 1% of the pixels, two patches, and single squares to compare with.
+    note="CIFAR-10 re-compressed as JPEG by its source: close to, but not, the original pixels"
+    for data in ${SETS:-mnist cifar10}; do
+      masks=${MASKS:-$([ "$data" = mnist ] && echo 5 || echo 4)}
+      for patch in ${PATCHES:-3 4 any:1% 2*3}; do
+        name=$(echo "$patch" | sed 's/any:1%/any/; s/2\*3/two-3/')
+        extra=()
+        if [ "$patch" = any:1% ]; then extra+=(--shapes 3); fi
+        if [ "$data" = cifar10 ]; then extra+=(--note "$note"); fi
+        $patchproof certify --data "$DATA/$data" --count 500 --gallery 0 --patch "$patch" \
+          --weights "zoo/$data-greedy.safetensors" --masks "$masks" "${extra[@]}" \
+          --out "$OUT/threats-$data-$name-k$masks"
+      done
+    done
+    ;;
+  location)
+    # MNIST 5x5 with few and small masks, up to one for each of the 576 places of the patch.
+    for masks in ${MASKS:-6 8 12 24}; do
+      $patchproof certify --data "$DATA/mnist" --weights zoo/mnist-greedy.safetensors --patch 5 \
+        --masks "$masks" --count "$(case $masks in 24) echo 200 ;; 12) echo 1000 ;; *) echo 10000 ;; esac)" \
+        --out "$OUT/mnist-5x5-k$masks-greedy"
+    done
+    ;;
+  detection)
+    # Minority Reports: the whole curve over tau comes from one run.
+    note="CIFAR-10 re-compressed as JPEG by its source: close to, but not, the original pixels"
+    $patchproof certify --defense minority-reports --tau 0.8 --data "$DATA/mnist" --patch 5 \
+      --weights zoo/mnist-greedy.safetensors --masks 6 --out "$OUT/mnist-5x5-k6-detection"
+    $patchproof certify --defense minority-reports --tau 0.8 --data "$DATA/cifar10" --patch 5 \
+      --weights zoo/cifar10-greedy.safetensors --masks 6 --count 1000 --note "$note" \
+      --out "$OUT/cifar10-5x5-k6-detection"
     ;;
   imagenette)
     note="Weights as initialised: for timing and the report only. 224x224 images resized by their source"

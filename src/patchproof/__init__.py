@@ -1,6 +1,7 @@
 """Provable robustness of image classifiers against adversarial patches."""
 
-from patchproof.defenses import PatchCleanser, ViewDefense, load
+from patchproof.defenses import MinorityReports, PatchCleanser, ViewDefense, ViewDetector, load
+from patchproof.detection import DetectionCertification, Thresholds, TradeOff
 from patchproof.results import (
     ALERT,
     Case,
@@ -10,25 +11,45 @@ from patchproof.results import (
     RunError,
     Verdict,
 )
-from patchproof.threat import Box, MaskSet, RectanglePatch, Regions, SquarePatch, Threat
+from patchproof.threat import (
+    AnyRectangle,
+    Box,
+    MaskSet,
+    MultiplePatches,
+    RectanglePatch,
+    RectanglePatches,
+    Regions,
+    SquarePatch,
+    StencilPatch,
+    Threat,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ALERT",
+    "AnyRectangle",
     "Box",
     "Case",
     "Certification",
+    "DetectionCertification",
     "MaskSet",
+    "MinorityReports",
+    "MultiplePatches",
     "PatchCleanser",
     "PatchproofError",
     "Prediction",
     "RectanglePatch",
+    "RectanglePatches",
     "Regions",
     "RunError",
     "SquarePatch",
+    "StencilPatch",
     "Threat",
+    "Thresholds",
+    "TradeOff",
     "Verdict",
     "ViewDefense",
+    "ViewDetector",
     "load",
 ]

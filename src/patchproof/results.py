@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -20,9 +21,16 @@ INVALID_LABEL = -1
 """The label of a view whose scores are not finite: it equals no class and is never returned."""
 
 
+Kind = Literal["recovery", "detection"]
+"""What a certificate promises: the right label, or the right label or an alert."""
+
 ROUNDING = 1e-5
 """Scores that differ by no more than this share of their magnitude count as equal: about a hundred
 roundings of float32, of scores too large for a tolerance in logits."""
+
+
+_MOST_ENTRIES = 2**31
+"""Combinations of patches times views that fit into memory (bytes)."""
 
 
 class PatchproofError(ValueError):
@@ -48,7 +56,8 @@ class Verdict(IntEnum):
 class Case(IntEnum):
     """Which exit of the inference algorithm returned the label (PatchCleanser, Algorithm 1).
 
-    The challenger game (Appendix C) ends in ``AGREED`` or ``CHALLENGER``.
+    The challenger game (Appendix C) ends in ``AGREED`` or ``CHALLENGER``. Minority Reports ends in
+    ``AGREED``, in ``ALERT``, or in ``OVERRULED``: some mask disagrees, none confidently.
     """
 
     NONE = 0
@@ -56,6 +65,8 @@ class Case(IntEnum):
     DISAGREER = 2
     MAJORITY = 3
     CHALLENGER = 4
+    OVERRULED = 5
+    ALERT = 6
 
 
 @dataclass(eq=False)
@@ -131,17 +142,79 @@ class Corruption:
     """Which views which patch regions corrupt.
 
     Attributes:
-        patterns: (P, V) bool, the distinct sets of views that see a pixel of a region.
-        region_to_pattern: (R,) int64, the pattern of each region.
+        patterns: (P, V) bool, distinct sets of corrupted views; of several patches, the sets that
+            combinations of one patch's ``largest`` sets corrupt together.
+        region_to_pattern: (R,) int64, the pattern of each region of a patch; of several patches,
+            one of the largest sets of one patch that contains the region's own.
+        combinations: (P, K) int64, of K patches, the sets that each pattern combines; None for one.
     """
 
     patterns: Tensor
     region_to_pattern: Tensor
+    combinations: Tensor | None = None
 
     @classmethod
     def of(cls, seen: Tensor) -> Corruption:
         """Group the regions of (R, V) bool ``seen`` by the views that see them."""
         return cls(*distinct_rows(seen))
+
+    def combined(self, count: int) -> Corruption:
+        """Return what ``count`` patches corrupt, where this is what one of them does.
+
+        Raises:
+            PatchproofError: more combinations than fit into memory.
+        """
+        if count == 1:
+            return self
+        largest, dominated_by = _largest_sets(self.patterns)
+        total = math.comb(len(largest) + count - 1, count)
+        if total * largest.shape[1] > _MOST_ENTRIES:
+            raise PatchproofError(
+                f"patch regions: expected combinations that fit into memory, got {total:,} of "
+                f"{count} patches over {largest.shape[1]:,} views: take fewer masks or patches"
+            )
+        combinations = torch.combinations(torch.arange(len(largest)), count, with_replacement=True)
+        patterns = largest[combinations[:, 0]]
+        for column in combinations[:, 1:].T:
+            patterns = patterns | largest[column]
+        return Corruption(patterns, dominated_by[self.region_to_pattern], combinations)
+
+    def places_of(self, pattern: int) -> list[int]:
+        """Return a region of each patch that together corrupt the views of a pattern."""
+        sets = [pattern] if self.combinations is None else self.combinations[pattern].tolist()
+        return [int((self.region_to_pattern == one).nonzero()[0]) for one in sets]
+
+    def spared(self) -> Tensor:
+        """Return how many views each region leaves, (R,) int64: of several patches, at least."""
+        return -self.worst(-(~self.patterns).sum(1)[None])[0]
+
+    def worst(self, values: Tensor) -> Tensor:
+        """Return the highest value of the patterns that each region is in.
+
+        Args:
+            values: (N, P) integers.
+
+        Returns:
+            (N, R).
+        """
+        if self.combinations is None:
+            return values[:, self.region_to_pattern]
+        worst = values.new_full(
+            (len(values), int(self.combinations.max()) + 1), torch.iinfo(values.dtype).min
+        )
+        for column in self.combinations.T:
+            worst.scatter_reduce_(1, column.expand(len(values), -1), values, "amax")
+        return worst[:, self.region_to_pattern]
+
+
+def _largest_sets(sets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows of (P, V) bool that no other contains, and one that contains each, (P,)."""
+    members = sets.float()
+    inside = members @ members.T >= members.sum(1, keepdim=True) - 0.5  # row is part of column
+    size = members.sum(1)
+    largest = inside.logical_and(size[None, :] > size[:, None]).any(1).logical_not()
+    order = largest.nonzero().squeeze(1)
+    return sets[order], inside[:, order].int().argmax(1)
 
 
 def distinct_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,53 +241,41 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class Certification:
-    """Certificates of a batch of labelled images against one threat.
+class Certificates:
+    """Certificates of a batch of labelled images against one threat, whatever they promise.
 
     Attributes:
         prediction: (N,) int64, what ``predict`` returns on the clean image.
-        certified: (N,) bool: the label is right and stays right whatever the patch shows, at every
-            patch region (deterministic certified recovery).
-        paper_condition: (N,) bool: the criterion that the defense's paper states.
         case: (N,) int64 values of ``Case``.
         forwards: (N,) int64, model forward passes spent on each image.
         smallest_margin: (N,) float, the smallest decision margin (in logits) of the views
             evaluated; a view whose margin is within the tolerance counted as corrupted.
         verdicts: (N, P) int8 values of ``Verdict``, one per corruption pattern.
-        region_to_pattern: (R,) int64, the pattern of each patch region.
-        regions: the R patch regions.
+        corruption: the patterns, and which patch region has which.
+        regions: the R regions that one patch can take.
         threat: what the attacker may do.
         kind: the kind of promise; kinds never share a column.
     """
 
     prediction: Tensor
-    certified: Tensor
-    paper_condition: Tensor
     case: Tensor
     forwards: Tensor
     smallest_margin: Tensor
     verdicts: Tensor
-    region_to_pattern: Tensor
+    corruption: Corruption
     regions: Regions
     threat: Threat
-    kind: Literal["recovery"] = "recovery"
 
-    _PER_IMAGE: ClassVar[tuple[str, ...]] = (
-        "prediction",
-        "certified",
-        "paper_condition",
-        "case",
-        "forwards",
-        "smallest_margin",
-        "verdicts",
-    )
+    kind: ClassVar[Kind]
+    _OF_ALL_IMAGES: ClassVar[frozenset[str]] = frozenset({"corruption", "regions", "threat"})
 
     @classmethod
-    def concatenate(cls, parts: list[Certification], order: Tensor) -> Certification:
+    def concatenate(cls, parts: list[Self], order: Tensor) -> Self:
         """Join certificates of the same defense, image ``order[i]`` of the parts coming i-th."""
         tensors: dict[str, Any] = {
             name: torch.cat([getattr(part, name) for part in parts])[order]
-            for name in cls._PER_IMAGE
+            for name in (field.name for field in fields(cls))
+            if name not in cls._OF_ALL_IMAGES
         }
         return replace(parts[0], **tensors)
 
@@ -222,8 +283,14 @@ class Certification:
         return len(self.prediction)
 
     def region_verdicts(self) -> Tensor:
-        """Return the verdict of each region, (N, R) int8, in the order of ``regions``."""
-        return self.verdicts[:, self.region_to_pattern]
+        """Return the verdict of each region, (N, R) int8, in the order of ``regions``.
+
+        Of several patches, a region holds if it does with the others at every place; it is lost if
+        it may be with others somewhere.
+        """
+        rank = torch.tensor([1, 0, 2])[self.verdicts.long()]  # holds, unknown, lost
+        verdict = torch.tensor([Verdict.HOLDS, Verdict.UNKNOWN, Verdict.LOST], dtype=torch.int8)
+        return verdict[self.corruption.worst(rank)]
 
     def vulnerability_map(self) -> Tensor:
         """Return where a patch could still win, (N, H, W) float in [0, 1].
@@ -235,3 +302,19 @@ class Certification:
         lost = self.region_verdicts() != Verdict.HOLDS
         covered = self.regions.accumulate(torch.ones(1, len(self.regions)))
         return self.regions.accumulate(lost.float()) / covered.clamp(min=1.0)
+
+
+@dataclass(frozen=True)
+class Certification(Certificates):
+    """Deterministic certified recovery: whatever the patch shows, the right label.
+
+    Attributes:
+        certified: (N,) bool: the label is right and stays right whatever the patch shows, at every
+            patch region.
+        paper_condition: (N,) bool: the criterion that the defense's paper states.
+    """
+
+    certified: Tensor
+    paper_condition: Tensor
+
+    kind: ClassVar[Kind] = "recovery"

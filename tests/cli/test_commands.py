@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from patchproof import PatchCleanser, SquarePatch
+from patchproof import ALERT, MinorityReports, PatchCleanser, SquarePatch
 from patchproof.evaluation import read_result
 from patchproof.models import ModelSpec, build_model
 
 Patchproof = Callable[[str], tuple[int, str, str]]
 
 MODEL = "--model python:halves_model:BrighterHalf --classes 2 --device cpu"
+DETECT = f"certify --data images --split all {MODEL} --patch 2 --masks 3 --out run "
+DETECT += "--defense minority-reports"
 CERTIFY = f"certify --data images --split all {MODEL} --patch 2 --masks 3 --out run"
 
 
@@ -121,6 +123,13 @@ MISTAKES = {
     "a patch larger than the image": (CERTIFY.replace("--patch 2", "--patch 9"), "8x8 image"),
     "a budget of zero": (CERTIFY.replace("--masks 3", "--masks 0"), "--masks: expected"),
     "too few classes": (CERTIFY.replace("--classes 2", "--classes x"), "'--classes'"),
+    "a tau out of range": (f"{DETECT} --tau 1.5", "--tau"),
+    "a tau without its defense": (f"{CERTIFY} --tau 0.5", "--tau: expected with --defense"),
+    "an inference of another defense": (
+        f"{DETECT} --inference challenger",
+        "--inference: expected",
+    ),
+    "no such defense": (f"{CERTIFY} --defense magic", "patchcleanser, minority-reports or a file"),
     "a fill out of range": (f"{CERTIFY} --fill 2", "--fill"),
     "no such device": (CERTIFY.replace("cpu", "abacus"), "--device: expected"),
     "a folder of something else": (CERTIFY.replace("run", "images"), "got a folder that holds"),
@@ -172,6 +181,47 @@ def test_predict_says_label_case_and_suspicion(patchproof: Patchproof, workplace
     ]
 
 
+def test_certify_and_predict_with_alerts(patchproof: Patchproof, workplace: Path) -> None:
+    code, output, _ = patchproof(f"{DETECT} --tau 0.6")
+    assert code == 0
+    assert "alert on the clean image" in output
+    assert "certified detection" in output
+    result = read_result(workplace / "run")
+    assert result.kind == "detection"
+    assert result.manifest["identity"]["defense"]["tau"] == 0.6
+    alerted = result.examples["prediction"] == ALERT
+    assert 0 < alerted.sum() < 16
+    assert patchproof("report run --out page.html")[0] == 0
+    files = sorted((workplace / "images").glob("*/*.png"))
+    line = " ".join(["predict", *map(str, files), MODEL, "--patch 2 --masks 3"])
+    line += " --defense minority-reports --tau 0.6"
+    code, output, _ = patchproof(line)
+    assert code == 0
+    said = [": alert, patch suspected, " in words for words in output.splitlines()]
+    assert said == alerted.tolist()
+    code, output, _ = patchproof(f"{line} --json")
+    for alert, words in zip(alerted, output.splitlines(), strict=True):
+        answer = json.loads(words)
+        assert (answer["label"] is None) == answer["patch_suspected"] == alert
+        assert (answer["case"] == "alert") == alert
+
+
+def test_a_saved_detector_replaces_model_and_attacker(
+    patchproof: Patchproof, workplace: Path
+) -> None:
+    spec = ModelSpec("tiny-resnet", 2, 1, (8, 8))
+    detector = MinorityReports(
+        build_model(spec), SquarePatch(2), image_size=(8, 8), masks_per_side=2, tau=0.5
+    )
+    detector.save(workplace / "detector.safetensors", spec)
+    line = "certify --data images --split all --defense detector.safetensors --out run --gallery 0"
+    code, _, errors = patchproof(f"{line} --tau 0.6")
+    assert code == 2
+    assert "expected --defense FILE without --tau" in errors
+    assert patchproof(line)[0] == 0
+    assert read_result(workplace / "run").manifest["identity"]["defense"] == detector.to_dict()
+
+
 def test_predict_goes_on_after_a_corrupt_file(patchproof: Patchproof, workplace: Path) -> None:
     (workplace / "bad.png").write_bytes(b"not an image")
     line = f"predict bad.png images/right/7.png {MODEL} --patch 2 --masks 3 --json"
@@ -210,7 +260,7 @@ def test_a_defense_replaces_model_and_attacker(patchproof: Patchproof, workplace
     line = "certify --data images --split all --defense defense.safetensors --out run --gallery 0"
     code, _, errors = patchproof(f"{line} --patch 2")
     assert code == 2
-    assert "expected --defense without --patch" in errors
+    assert "expected --defense FILE without --patch" in errors
     assert patchproof(line)[0] == 0
     identity = read_result(workplace / "run").manifest["identity"]
     assert identity["defense"] == defense.to_dict()

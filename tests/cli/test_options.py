@@ -9,7 +9,7 @@ import pytest
 
 from patchproof import Box, PatchproofError, RectanglePatch, SquarePatch
 from patchproof.cli.building import choose_slice, pick_device, read_rows
-from patchproof.cli.options import parse_memory, parse_pair, parse_threat
+from patchproof.cli.options import parse_memory, parse_model_option, parse_pair, parse_threat
 from patchproof.datasets import load_dataset
 
 
@@ -116,3 +116,21 @@ def test_the_sample_is_the_seeds() -> None:
 def test_a_device_that_is_not_there_is_refused() -> None:
     with pytest.raises(PatchproofError, match=r"--device: expected .* got 'abacus'"):
         pick_device("abacus")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("widths=[16,32]", ("widths", [16, 32])),
+        ("stem_stride=2", ("stem_stride", 2)),
+        ("img=a=b", ("img", "a=b")),
+    ],
+)
+def test_model_options_are_json_or_text(text: str, expected: tuple[str, object]) -> None:
+    assert parse_model_option(text) == expected
+
+
+@pytest.mark.parametrize("text", ["widths", "=3"])
+def test_model_options_need_a_name_and_a_value(text: str) -> None:
+    with pytest.raises(PatchproofError, match="expected NAME=JSON"):
+        parse_model_option(text)

@@ -311,7 +311,7 @@ def test_a_model_in_training_mode_is_refused_now_and_later(small_model, images):
         ({"batch_size": 0}, "batch_size: expected"),
         ({"memory_budget": 0}, "memory_budget: expected"),
         ({"masks_per_side": 0}, "masks_per_side: expected"),
-        ({"image_size": (1, 12)}, "no larger than the image's 1 pixels, got 2"),
+        ({"image_size": (1, 12)}, "no larger than the 1x12 image, got 2x2"),
         ({"image_size": 12}, "image_size: expected"),
     ],
 )

@@ -97,7 +97,7 @@ def test_mirroring_images_model_and_masks_changes_nothing(
 ):
     threat = pp.RectanglePatch(2, 3)
     masks = MaskSet.for_threat(threat, SIZE, (3, 4), multiplicity)
-    boxes = tuple(Box(t, SIZE[1] - left - w, h, w) for t, left, h, w in masks.boxes)
+    boxes = tuple(Box(t, SIZE[1] - left - w, h, w) for ((t, left, h, w),) in masks.masks)
     mirrored_masks = MaskSet(SIZE, boxes, threat)
     options = {"image_size": SIZE, "inference": inference}
     result, mirrored = (
@@ -426,7 +426,7 @@ def follow_gradients(
 
     All are pushed to one wrong label, the runner-up, so that rows of two-mask labels agree on it.
     """
-    hidden, corruption = victim.defense.views.hidden, victim.defense.corruption
+    hidden, corruption = victim.defense.views.hidden.pixels(), victim.defense.corruption
     shown = corruption.patterns[corruption.region_to_pattern].float()
     runner_up = victim.model(image[None])[0].topk(2).indices
     target = runner_up[runner_up != label][0]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from patchproof import PatchCleanser, SquarePatch
+from patchproof import MinorityReports, PatchCleanser, SquarePatch
 from patchproof.datasets import ImageDataset
 from patchproof.datasets.images import ArrayPictures
 
@@ -65,3 +65,9 @@ def make_defense(**options: Any) -> PatchCleanser:
     model = options.pop("model", None) or BrighterHalf().eval()
     settings = {"image_size": (8, 8), "masks_per_side": 3, "batch_size": 16} | options
     return PatchCleanser(model, settings.pop("threat", SquarePatch(2)), **settings)
+
+
+def make_detector(**options: Any) -> MinorityReports:
+    """Return Minority Reports against the same patches, around the same model."""
+    settings = {"image_size": (8, 8), "masks_per_side": 3, "batch_size": 16} | options
+    return MinorityReports(BrighterHalf().eval(), SquarePatch(2), **settings)

@@ -60,6 +60,39 @@ def test_preprocessing_resizes_only_where_the_sizes_differ() -> None:
     assert resized.max() == 1.0
 
 
+def test_preprocessing_crops_the_centre_after_the_resize() -> None:
+    columns = torch.arange(6.0).expand(1, 1, 4, 6) / 10
+    model = Preprocessed(nn.Identity(), (0.0,), (1.0,), crop_size=(2, 3))
+    assert torch.equal(model(columns), columns[:, :, 1:3, 1:4])
+    doubled = Preprocessed(nn.Identity(), (0.0,), (1.0,), (8, 12), (4, 4), "nearest-exact")
+    assert torch.allclose(doubled(columns)[0, 0, 0], torch.tensor([0.2, 0.2, 0.3, 0.3]))
+    with pytest.raises(PatchproofError, match=r"at least \(2, 3\) pixels to crop, got \(1, 6\)"):
+        model(columns[:, :, :1])
+
+
+def test_preprocessing_resizes_in_half_precision_too() -> None:
+    model = Preprocessed(nn.Identity(), (0.0,), (1.0,), (8, 8))
+    images = torch.rand(1, 1, 4, 4)
+    assert torch.allclose(model(images.bfloat16()), model(images.bfloat16().float()), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mean": ()},
+        {"mean": (0.0, 0.0)},
+        {"std": (0.0,)},
+        {"mean": (float("nan"),)},
+        {"input_size": (0, 8)},
+        {"crop_size": (8,)},
+        {"interpolation": "lanczos"},
+    ],
+)
+def test_impossible_preprocessing_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(PatchproofError, match="expected"):
+        Preprocessed(nn.Identity(), **({"mean": (0.0,), "std": (1.0,)} | changes))  # type: ignore[arg-type]
+
+
 def test_specifications_survive_json() -> None:
     spec = ModelSpec("small-resnet", 10, 1, (28, 28), {"widths": [16, 32], "stem_stride": 2})
     assert ModelSpec.from_dict(spec.to_dict()) == spec
@@ -114,7 +147,7 @@ def test_options_that_a_network_does_not_take_are_refused() -> None:
 
 
 def test_published_weights_exist_for_library_models_only() -> None:
-    with pytest.raises(PatchproofError, match="expected a timm: or torchvision: model"):
+    with pytest.raises(PatchproofError, match="expected a timm:, torchvision: or hf: model"):
         build_model(ModelSpec("small-resnet", 10, 3, (32, 32)), pretrained=True)
     with pytest.raises(PatchproofError, match="expected 1000 classes for the published weights"):
         build_model(ModelSpec("torchvision:resnet18", 10, 3, (32, 32)), pretrained=True)

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from patchproof.evaluation.store import FORMAT, Gallery, RunFolder
+from patchproof.evaluation.store import CERTIFIED, FORMAT, Gallery, RunFolder
 from patchproof.evaluation.summary import summarize
+from patchproof.results import ALERT
 from patchproof.threat import MaskSet, SquarePatch
+from patchproof.threat.masks import listed_masks
 
 MakeRun = Callable[..., Path]
 
@@ -24,23 +26,25 @@ def manifest(
     budget: int = 6,
     count: int = 40,
     multiplicity: int = 1,
+    tau: float | None = None,
     **about: Any,
 ) -> dict[str, Any]:
-    """Return the manifest of a PatchCleanser run."""
+    """Return the manifest of a PatchCleanser run, or with a tau of a Minority Reports run."""
     threat = SquarePatch(side)
     mask_set = MaskSet.for_threat(threat, (size, size), budget, multiplicity)
     return copy.deepcopy(
         {
             "format": FORMAT,
             "identity": {
+                "kind": "recovery" if tau is None else "detection",
                 "defense": {
-                    "type": "PatchCleanser",
+                    "type": "PatchCleanser" if tau is None else "MinorityReports",
                     "threat": threat.to_dict(),
                     "image_size": [size, size],
-                    "masks": [list(box) for box in mask_set.boxes],
+                    "masks": listed_masks(mask_set.masks),
                     "masks_per_side": [budget, budget],
                     "multiplicity": [multiplicity, multiplicity],
-                    "inference": "double",
+                    **({"inference": "double"} if tau is None else {"tau": tau}),
                     "fill": 0.5,
                     "tolerance": 1e-4,
                 },
@@ -88,6 +92,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         **values: Any,
     ) -> Path:
         described = manifest(**values)
+        tau = values.get("tau")
         count = described["identity"]["dataset"]["count"]
         height, width = described["identity"]["image_size"]
         done = count if done is None else done
@@ -98,14 +103,30 @@ def make_run(tmp_path: Path) -> MakeRun:
             label = index % 10
             read = index >= corrupt
             right = scores[index] < 0.5 + certified / 2
+            kept = bool(read and scores[index] < certified)
+            if tau is None:
+                prediction = label if right else (label + 3) % 10
+                promise = {
+                    "certified": kept,
+                    "paper_condition": bool(read and scores[index] < certified - 0.05),
+                }
+            else:
+                alert = -np.inf if right else tau + (1 - tau) * scores[index]
+                prediction = label if right else ALERT
+                promise = {
+                    "certified_detection": kept,
+                    "unmasked": label,
+                    "alert_threshold": alert,
+                    "certified_above": alert,
+                    "certified_threshold": tau + (1 - tau) * scores[index] if kept else -np.inf,
+                }
             rows.append(
-                {
+                promise
+                | {
                     "index": 3 * index,
                     "label": label,
                     "vanilla": label if scores[index] < 0.97 else (label + 1) % 10,
-                    "prediction": label if right else (label + 3) % 10,
-                    "certified": bool(read and scores[index] < certified),
-                    "paper_condition": bool(read and scores[index] < certified - 0.05),
+                    "prediction": prediction,
                     "case": "agreed" if scores[index] < 0.9 else "disagreer",
                     "status": "ok" if read else "corrupt",
                     "message": "" if read else f"image {index}: not an image",
@@ -120,12 +141,13 @@ def make_run(tmp_path: Path) -> MakeRun:
                 folder.append(rows)
             if finish:
                 examples, timing = folder.tables()
-                folder.write_summary(summarize(examples, timing, 128))
+                kind = described["identity"]["kind"]
+                folder.write_summary(summarize(examples, timing, 128, kind))
                 chosen = np.array([3 * index for index in range(corrupt, min(done, corrupt + 6))])
                 if images is None:
                     images = random.integers(0, 256, (len(chosen), 1, height, width))
                 ramp = np.linspace(0, 1, height * width).reshape(1, height, width)
-                lost = ~examples.set_index("index").loc[chosen, "certified"].to_numpy()
+                lost = ~examples.set_index("index").loc[chosen, CERTIFIED[kind]].to_numpy()
                 folder.write_gallery(
                     Gallery(
                         index=chosen.astype(np.int64),

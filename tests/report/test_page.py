@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from patchproof.evaluation.store import read_result
+from patchproof.evaluation.summary import DetectionSummary
 from patchproof.report import plots, write_report
 from patchproof.results import PatchproofError, RunError
 
@@ -99,7 +100,7 @@ def test_figures_are_those_of_the_summary(make_run: MakeRun, out: Path) -> None:
 def test_the_threat_is_said_with_its_pixels_and_their_space(make_run: MakeRun, out: Path) -> None:
     text = report(out, make_run(side=5, size=28, budget=6)).text
     assert "One square of 5x5 pixels with any content, anywhere on the image." in text
-    assert "The image has 28x28 pixels: the patch hides 3.19% of them" in text
+    assert "The image has 28x28 pixels: the patch hides up to 3.19% of them" in text
     assert "576 possible places" in text
     assert "36 masks of 8x8 pixels; budget 6 per side; multiplicity 1" in text
     assert "weights 0123456789ab" in text
@@ -188,6 +189,51 @@ def test_budgets_are_drawn_for_runs_that_differ_in_nothing_else(
     other_data = [two[0], make_run("cifar", dataset="cifar10", size=32, budget=3)]
     assert report(out, *other_data).source.count(pictures) == 1
     assert report(out, two[0]).source.count(pictures) == 1
+
+
+def test_a_detector_is_labelled_as_one(make_run: MakeRun, out: Path) -> None:
+    folder = make_run(tau=0.8)
+    summary = read_result(folder).summary
+    assert isinstance(summary, DetectionSummary)
+    page = report(out, folder)
+    assert "deterministic certified detection" in page.text
+    assert "deterministic certified recovery" not in page.text
+    assert "MinorityReports, k=6, tau 0.8" in page.text
+    assert "with a confidence of at least 0.8" in page.text
+    for share in (summary.certified_detection_accuracy, summary.alert_rate):
+        hits = round(share.value * 40)
+        assert f"{share.value:.1%} {share.low:.1%} to {share.high:.1%} {hits} of 40" in page.text
+    assert "Paper condition" not in page.text
+    assert re.search(rf"This run MinorityReports[\w=, .]+ {NONE} [\d.]+% detection", page.text)
+    assert "defended alert ✗" in page.text
+    assert "not certified detection" in page.text
+    assert "two masks" not in page.text
+
+
+def test_the_trade_off_is_drawn_once_for_runs_that_differ_in_tau(
+    make_run: MakeRun, out: Path
+) -> None:
+    pictures = 'class="plot"'
+    one = make_run("one", tau=0.8)
+    assert report(out, one).source.count(pictures) == 2
+    runs = [one, make_run("other", tau=0.6), make_run("recovery")]
+    page = report(out, *runs)
+    assert page.source.count(pictures) == 3, "accuracies of each kind, and one trade-off"
+    assert page.source.count("at every tau from 0 to 1") == 1
+    assert "Recovery, hollow, is the stronger promise" in page.text
+    elsewhere = make_run("cifar", dataset="cifar10", size=32, tau=0.8)
+    assert report(out, one, elsewhere).source.count("at every tau from 0 to 1") == 2
+
+
+def test_kinds_have_tables_of_their_own(make_run: MakeRun, out: Path) -> None:
+    page = report(out, make_run("recovery"), make_run("detection", tau=0.8))
+    text = page.text
+    recovery, detection = text.index("Results Accuracies"), text.index("Results of detection")
+    between = text[recovery:detection]
+    assert "Certified Paper condition Clean Vanilla" in between
+    assert "MinorityReports" not in between
+    assert "Certified detection Clean Alert Vanilla" in text[detection:]
+    assert {"run-1", "run-2"} <= set(page.ids)
 
 
 def test_equal_runs_are_told_apart_by_their_folders(make_run: MakeRun, out: Path) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.image import imread
 
-from patchproof.report import ON_DARK, accuracy_figure, budget_figure, heat
+from patchproof.report import ON_DARK, accuracy_figure, budget_figure, heat, trade_off_figure
 from patchproof.report.plots import data_uri, figure_png, heat_scale, png
 
 
@@ -40,6 +40,40 @@ def test_budgets_are_drawn_in_order_a_line_a_patch() -> None:
     np.testing.assert_array_equal(large.lines[0].get_xdata(), [2, 6])
     np.testing.assert_array_equal(large.lines[0].get_ydata(), [0.3, 0.6])
     np.testing.assert_array_equal(small.lines[0].get_xdata(), [6])
+    assert figure_png(figure, dpi=40).startswith(b"\x89PNG")
+
+
+def test_the_curve_over_tau_is_drawn_with_single_runs_beside_it() -> None:
+    table = pd.DataFrame(
+        {
+            "curve": [0, 0, 0],
+            "tau": [0.0, 0.6, 1.0],
+            "clean_accuracy": [0.8, 0.9, 0.95],
+            "certified_detection_accuracy": [0.7, 0.6, 0.0],
+        }
+    )
+    points = pd.DataFrame(
+        {
+            "run": ["reports", "cleanser"],
+            "kind": ["detection", "recovery"],
+            "clean": [0.9, 0.85],
+            "certified": [0.6, 0.4],
+        }
+    )
+    figure = trade_off_figure(table, points)
+    axes = figure.axes[0]
+    curve, *rest = axes.lines
+    np.testing.assert_array_equal(curve.get_xydata(), [[0.8, 0.7], [0.9, 0.6], [0.95, 0.0]])
+    # tau 0.5 lies on the piece that ends at 0.6, the others on that which ends at 1
+    marked = [line.get_xydata()[0].tolist() for line in rest[:4]]
+    assert marked == [[0.9, 0.6], *[[0.95, 0.0]] * 3]
+    assert [text.get_text() for text in axes.texts] == [
+        f"tau {tau}" for tau in (0.5, 0.7, 0.9, 0.99)
+    ]
+    filled = [line.get_markerfacecolor() for line in rest[4:]]
+    assert filled[0] != "none"
+    assert filled[1] == "none"
+    assert "certified recovery" in rest[5].get_label()
     assert figure_png(figure, dpi=40).startswith(b"\x89PNG")
 
 

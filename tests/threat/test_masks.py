@@ -13,8 +13,8 @@ from patchproof.threat import Box, MaskSet, RectanglePatch, SquarePatch
 def test_the_masks_of_the_papers_figure_3(budget, starts, size):
     """On 6 pixels with a patch of 2 (PatchCleanser, Figure 3)."""
     masks = MaskSet.for_threat(RectanglePatch(1, 2), (1, 6), (1, budget))
-    assert [box.left for box in masks.boxes] == starts
-    assert {box.width for box in masks.boxes} == {size}
+    assert [box.left for (box,) in masks.masks] == starts
+    assert {box.width for (box,) in masks.masks} == {size}
 
 
 @pytest.mark.parametrize(
@@ -23,8 +23,8 @@ def test_the_masks_of_the_papers_figure_3(budget, starts, size):
 def test_known_mask_sizes(image, patch, budget, mask):
     masks = MaskSet.for_threat(SquarePatch(patch), (image, image), budget)
     assert len(masks) == budget**2
-    assert {(box.height, box.width) for box in masks.boxes} == {(mask, mask)}
-    assert masks.boxes[-1] == Box(image - mask, image - mask, mask, mask)
+    assert {(box.height, box.width) for (box,) in masks.masks} == {(mask, mask)}
+    assert masks.masks[-1] == (Box(image - mask, image - mask, mask, mask),)
 
 
 @settings(max_examples=150, deadline=None)

@@ -14,9 +14,9 @@ def test_every_placement_is_listed_once_up_to_the_last_row_and_column():
 
 def test_locations_restrict_the_regions():
     corners = SquarePatch(2, locations="corners").regions((5, 6))
-    assert corners.boxes[:, :2].tolist() == [[0, 0], [0, 4], [3, 0], [3, 4]]
+    assert corners.parts[:, 0, :2].tolist() == [[0, 0], [0, 4], [3, 0], [3, 4]]
     inside = SquarePatch(2, locations=Box(1, 2, 3, 2)).regions((5, 6))
-    assert inside.boxes[:, :2].tolist() == [[1, 2], [2, 2]]
+    assert inside.parts[:, 0, :2].tolist() == [[1, 2], [2, 2]]
     assert len(SquarePatch(4, locations="corners").regions((4, 4))) == 1
 
 

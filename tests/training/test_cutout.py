@@ -1,4 +1,4 @@
-"""The recipe cutout: what it does to images, and that it trains, resumes and repeats."""
+"""The recipes: what they do to images, and that they train, resume and repeat."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ import pytest
 import torch
 
 from patchproof.datasets import ImageDataset, load_dataset
-from patchproof.models import ModelSpec, load_classifier
+from patchproof.models import ModelSpec, build_model, load_classifier
 from patchproof.results import PatchproofError, RunError
-from patchproof.training import CutoutRecipe, train_cutout
-from patchproof.training.cutout import random_squares, shift_and_flip
+from patchproof.threat import SquarePatch
+from patchproof.training import CutoutRecipe, GreedyMasks, train_cutout
+from patchproof.training.cutout import make_optimizer, shift_and_flip
+from patchproof.training.masking import draw_candidates, random_squares
 
 RECIPE = CutoutRecipe(square_sizes=(2, 3), epochs=3, batch_size=64, shift=1, precision="32-true")
 SPEC = ModelSpec("tiny-resnet", 10, 1, (8, 8), {"widths": [8, 16]})
+GREEDY = replace(
+    RECIPE,
+    square_sizes=None,
+    greedy=GreedyMasks(SquarePatch(2), (4, 4), 3),
+    epochs=2,
+    epoch_images=128,
+    learning_rate=0.05,
+)
 
 
 @pytest.fixture(scope="module")
@@ -195,9 +205,204 @@ class TestTraining:
             train_cutout(RECIPE, SPEC, *digits, tmp_path, device="abacus")
 
 
+class TestGreedyCutout:
+    def test_it_starts_from_given_weights_and_records_them(
+        self, digits: tuple[ImageDataset, ImageDataset], trained: Path, tmp_path: Path
+    ) -> None:
+        start = trained / "model.safetensors"
+        still = replace(GREEDY, learning_rate=1e-12, weight_decay=0.0)
+        best = train_cutout(still, SPEC, *digits, tmp_path, device="cpu", start=start)
+        before, start_card = load_classifier(start)
+        after, card = load_classifier(tmp_path / "model.safetensors")
+        for old, new in zip(before.parameters(), after.parameters(), strict=True):
+            assert torch.allclose(old, new, rtol=0, atol=1e-7)
+        assert card["made"]["start"] == start_card["digest"]
+        assert json.loads((tmp_path / "card.json").read_text())["start"] == start_card["digest"]
+        assert card["made"]["recipe"] == "greedy-cutout"
+        assert card["made"]["greedy"]["candidates"] == 3
+        assert best["masked_accuracy"] < best["clean_accuracy"]
+
+    def test_it_makes_the_network_better_under_the_masks_that_hurt_most(
+        self, digits: tuple[ImageDataset, ImageDataset], trained: Path, tmp_path: Path
+    ) -> None:
+        longer = replace(GREEDY, epochs=4, epoch_images=None)
+        start = trained / "model.safetensors"
+        best = train_cutout(longer, SPEC, *digits, tmp_path, device="cpu", start=start)
+        log = log_without_times(tmp_path)
+        assert best["masked_accuracy"] == max(entry["masked_accuracy"] for entry in log)
+        assert best["masked_accuracy"] > log[0]["masked_accuracy"]
+
+    def test_a_stopped_training_goes_on_to_the_same_network(
+        self,
+        digits: tuple[ImageDataset, ImageDataset],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        calls = 0
+
+        def interrupted(images: torch.Tensor, recipe: CutoutRecipe) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == 4:  # in the second epoch of 2 steps
+                raise KeyboardInterrupt
+            return shift_and_flip(images, recipe)
+
+        whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+        train_cutout(GREEDY, SPEC, *digits, whole, device="cpu")
+        with monkeypatch.context() as patch:
+            patch.setattr("patchproof.training.cutout.shift_and_flip", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                train_cutout(GREEDY, SPEC, *digits, stopped, device="cpu")
+        assert len(log_without_times(stopped)) == 1
+        train_cutout(GREEDY, SPEC, *digits, stopped, device="cpu")
+        assert log_without_times(stopped) == log_without_times(whole)
+        digests = {
+            load_classifier(out / "model.safetensors")[1]["digest"] for out in tmp_path.iterdir()
+        }
+        assert len(digests) == 1
+
+    def test_every_epoch_is_validated_with_the_same_candidates(
+        self,
+        digits: tuple[ImageDataset, ImageDataset],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        validation = digits[1].sample(100, 0)  # no batch of the training has so many images
+        drawn = []
+
+        def recorded(count: int, masks: int, candidates: int) -> torch.Tensor:
+            choice = draw_candidates(count, masks, candidates)
+            if count == 100:
+                drawn.append(choice)
+            return choice
+
+        monkeypatch.setattr("patchproof.training.masking.draw_candidates", recorded)
+        train_cutout(GREEDY, SPEC, digits[0], validation, tmp_path, device="cpu")
+        first, second, *next_epoch = drawn
+        assert not torch.equal(first, second)
+        assert all(map(torch.equal, next_epoch, (first, second)))
+        assert len(next_epoch) == 2
+
+    def test_weights_of_another_network_are_refused(
+        self, digits: tuple[ImageDataset, ImageDataset], trained: Path, tmp_path: Path
+    ) -> None:
+        start = trained / "model.safetensors"
+        wider = replace(SPEC, options={"widths": [8, 32]})
+        with pytest.raises(PatchproofError, match=r"expected weights of ModelSpec.* to start from"):
+            train_cutout(RECIPE, wider, *digits, tmp_path, start=start)
+        with pytest.raises(PatchproofError, match="to start from, got both"):
+            train_cutout(RECIPE, SPEC, *digits, tmp_path, start=start, pretrained=True)
+        with pytest.raises(PatchproofError, match="does not exist"):
+            train_cutout(RECIPE, SPEC, *digits, tmp_path, start=tmp_path / "nothing")
+        assert not list(tmp_path.iterdir())
+
+    def test_other_start_weights_are_another_training(
+        self, digits: tuple[ImageDataset, ImageDataset], trained: Path, tmp_path: Path
+    ) -> None:
+        once = replace(GREEDY, epochs=1)
+        train_cutout(once, SPEC, *digits, tmp_path / "scratch", device="cpu")
+        with pytest.raises(PatchproofError, match="expected a new folder or one of this training"):
+            train_cutout(
+                once,
+                SPEC,
+                *digits,
+                tmp_path / "scratch",
+                device="cpu",
+                start=trained / "model.safetensors",
+            )
+
+    def test_masks_that_do_not_fit_the_images_are_refused(
+        self, digits: tuple[ImageDataset, ImageDataset], tmp_path: Path
+    ) -> None:
+        too_large = replace(GREEDY, greedy=GreedyMasks(SquarePatch(9)))
+        with pytest.raises(PatchproofError, match="8"):
+            train_cutout(too_large, SPEC, *digits, tmp_path)
+
+    def test_an_epoch_of_more_images_than_there_are_is_refused(
+        self, digits: tuple[ImageDataset, ImageDataset], tmp_path: Path
+    ) -> None:
+        with pytest.raises(PatchproofError, match="at most the 512 training images, got 513"):
+            train_cutout(replace(GREEDY, epoch_images=513), SPEC, *digits, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("timm:vit_tiny_patch16_224", {"depth": 2, "embed_dim": 24, "num_heads": 2}),
+        ("timm:resmlp_12_224", {"num_blocks": 2, "embed_dim": 24}),
+    ],
+)
+def test_small_transformers_and_mlps_learn_with_adamw(
+    digits: tuple[ImageDataset, ImageDataset], tmp_path: Path, name: str, options: dict[str, int]
+) -> None:
+    spec = ModelSpec(name, 10, 1, (8, 8), {"img_size": 8, "patch_size": 2} | options)
+    recipe = replace(
+        RECIPE,
+        square_sizes=None,
+        shift=0,
+        epochs=6,
+        batch_size=32,
+        optimizer="adamw",
+        learning_rate=0.005,
+        weight_decay=0.05,
+    )
+    best = train_cutout(recipe, spec, *digits, tmp_path, device="cpu")
+    log = log_without_times(tmp_path)
+    assert log[-1]["loss"] < log[0]["loss"] - 0.15
+    assert best["clean_accuracy"] > 0.2
+    assert json.loads((tmp_path / "card.json").read_text())["optimizer"] == "adamw"
+
+
+def test_adamw_decays_matrices_and_kernels_alone() -> None:
+    network = build_model(
+        ModelSpec(
+            "timm:resmlp_12_224",
+            10,
+            1,
+            (8, 8),
+            {"img_size": 8, "patch_size": 4, "num_blocks": 1, "embed_dim": 6},
+        )
+    )
+    recipe = replace(RECIPE, optimizer="adamw", weight_decay=0.05)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    decayed, free = (
+        {names[id(parameter)].removeprefix("model.") for parameter in group["params"]}
+        for group in make_optimizer(recipe, network).param_groups
+    )
+    assert decayed | free == {name.removeprefix("model.") for name in names.values()}
+    assert {"stem.proj.weight", "head.weight", "blocks.0.mlp_channels.fc1.weight"} <= decayed
+    assert {"head.bias", "norm.alpha", "norm.beta", "blocks.0.ls1"} <= free
+    assert [group["weight_decay"] for group in make_optimizer(recipe, network).param_groups] == [
+        0.05,
+        0.0,
+    ]
+
+
+def test_recipes_that_began_before_the_newer_settings_keep_their_card() -> None:
+    assert RECIPE.to_dict() == {
+        "recipe": "cutout",
+        "square_sizes": [2, 3],
+        "fill": 0.5,
+        "epochs": 3,
+        "batch_size": 64,
+        "learning_rate": 0.4,
+        "warmup": 0.2,
+        "momentum": 0.9,
+        "weight_decay": 5e-4,
+        "label_smoothing": 0.1,
+        "shift": 1,
+        "flip": False,
+        "seed": 0,
+        "precision": "32-true",
+    }
+
+
 @pytest.mark.parametrize(
     "changes",
     [
+        {"greedy": GreedyMasks(SquarePatch(2))},
+        {"optimizer": "adam"},
+        {"epoch_images": 63},
         {"square_sizes": (0, 3)},
         {"square_sizes": (4, 3)},
         {"fill": 1.5},

@@ -11,8 +11,9 @@ def test_each_distinct_union_is_one_view_and_hides_both_masks():
     masked = mask_set.masked()
     for a in range(len(mask_set)):
         for b in range(len(mask_set)):
-            assert torch.equal(views.hidden[views.pair_to_view[a, b]], masked[a] | masked[b])
-    assert len(views.hidden.flatten(1).unique(dim=0)) == views.count
+            hidden = views.hidden.pixels()[views.pair_to_view[a, b]]
+            assert torch.equal(hidden, masked[a] | masked[b])
+    assert len(views.hidden.pixels().flatten(1).unique(dim=0)) == views.count
 
 
 def test_repeated_unions_are_evaluated_once():
@@ -30,7 +31,7 @@ def test_corruption_lists_the_views_that_see_a_pixel_of_a_region():
     assert len(corruption.patterns.unique(dim=0)) == len(corruption.patterns)
     for index in range(len(regions)):
         top, left, height, width = regions.box(index)
-        seen = ~views.hidden[:, top : top + height, left : left + width]
+        seen = ~views.hidden.pixels()[:, top : top + height, left : left + width]
         pattern = corruption.patterns[corruption.region_to_pattern[index]]
         assert torch.equal(pattern, seen.flatten(1).any(1))
 
@@ -53,5 +54,5 @@ def test_a_patch_inside_the_masks_leaves_no_trace():
         )
         assert len(safe)
         assert torch.equal(clean, patched)
-        hidden = views.hidden[safe].flatten(1).repeat(1, 3)[:, None]
+        hidden = views.hidden.pixels()[safe].flatten(1).repeat(1, 3)[:, None]
         assert (clean[hidden] == 0.25).all()

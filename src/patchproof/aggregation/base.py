@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
+from patchproof.detection import Thresholds
 from patchproof.results import Outputs
 
 Stop = Literal["first_lost_region", "never"]
@@ -64,4 +65,18 @@ class Aggregation(Protocol):
 
     def paper_condition(self, outputs: Outputs, labels: Tensor) -> Tensor:
         """Return whether the paper's criterion holds, (N,) bool; unknown views fail it."""
+        ...
+
+
+class DetectingAggregation(Aggregation, Protocol):
+    """An aggregation that may alert, if a suspicion is at least as confident as ``tau``."""
+
+    tau: float
+    """In [0, 1]."""
+
+    def thresholds(self, outputs: Outputs, labels: Tensor, patterns: Tensor) -> Thresholds:
+        """Return for which tau each image is alerted and certified; every view is known.
+
+        At ``tau`` they say what ``predict`` and ``certify`` do.
+        """
         ...

@@ -77,4 +77,4 @@ class ChallengerGame(PairAggregation):
     def _useful(self, right: Tensor, open_patterns: Tensor, covers: Tensor) -> Tensor:
         own = right[:, self.one_mask_views]
         row_is_useful = own & (open_patterns.float() @ covers > 0)
-        return row_is_useful.float() @ self.rows.T > 0
+        return self._views_in(row_is_useful)

@@ -84,7 +84,7 @@ class DoubleMasking(PairAggregation):
         return wanted
 
     def _holds(self, attack: Attack) -> Tensor:
-        row_is_right = (~attack.right).float() @ self.rows == 0
+        row_is_right = ~self._rows_with(~attack.right)
         covers = ~attack.patterns[:, self.one_mask_views]
         holds = row_is_right.float() @ covers.float().T > 0
         # (a') needs as many masks inside C(r) as outside.
@@ -116,7 +116,6 @@ class DoubleMasking(PairAggregation):
         return holds
 
     def _useful(self, right: Tensor, open_patterns: Tensor, covers: Tensor) -> Tensor:
-        row_may_be_right = (~right).float() @ self.rows == 0
-        row_is_useful = row_may_be_right & (open_patterns.float() @ covers > 0)
+        row_is_useful = ~self._rows_with(~right) & (open_patterns.float() @ covers > 0)
         by_vote = (open_patterns & (2 * covers.sum(1) >= covers.shape[1])).any(1, keepdim=True)
-        return (row_is_useful.float() @ self.rows.T > 0) | by_vote
+        return self._views_in(row_is_useful) | by_vote

@@ -26,9 +26,6 @@ class PairAggregation(ABC):
         pair_to_view: (M, M) int64, symmetric: the view that shows the image with masks m and m' on
             it; on the diagonal with m alone.
         tolerance: a view whose decision margin (logits) is not larger counts as corrupted.
-
-    Attributes:
-        rows: (V, M) float32, 1 where a view is an entry of mask m's row, else 0.
     """
 
     needs_scores = False
@@ -39,8 +36,6 @@ class PairAggregation(ABC):
         self.tolerance = tolerance
         masks = torch.arange(len(pair_to_view))
         views = int(pair_to_view.max()) + 1
-        self.rows = torch.zeros(views, len(masks))
-        self.rows[pair_to_view, masks] = 1.0
         self._a_pair = torch.empty(views, 2, dtype=torch.int64)
         self._a_pair[pair_to_view] = torch.cartesian_prod(masks, masks).view(*pair_to_view.shape, 2)
 
@@ -118,6 +113,17 @@ class PairAggregation(ABC):
         margin = torch.where(label_is_right[:, self.one_mask_views], margin, -margin)
         safety = margin[:, self._a_pair].sum(2)
         return wanted * ((-safety).sigmoid() + 2.0)
+
+    def _rows_with(self, views: Tensor) -> Tensor:
+        """Return the masks in whose rows some view of (N, V) bool is, (N, M) bool."""
+        return views[:, self.pair_to_view].any(2)
+
+    def _views_in(self, rows: Tensor) -> Tensor:
+        """Return the views that are in some of the rows of (N, M) bool, (N, V) bool."""
+        image, mask = rows.nonzero().unbind(1)
+        views = torch.zeros(len(rows), len(self._a_pair), dtype=torch.bool)
+        views[image[:, None], self.pair_to_view[mask]] = True
+        return views
 
     def _weak(self, outputs: Outputs) -> Tensor:
         """Return the views within the tolerance, (N, V) bool."""

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from torch import nn
 
     from patchproof.datasets import ImageDataset
-    from patchproof.defenses import PatchCleanser
+    from patchproof.defenses import MinorityReports, PatchCleanser
     from patchproof.models import ModelSpec
+
+NAMED_DEFENSES = ("patchcleanser", "minority-reports")
+"""What ``--defense`` names; anything else is a file."""
 
 
 @dataclass(frozen=True)
@@ -29,22 +32,36 @@ class ModelOptions:
     classes: int | None
     pretrained: bool
     device: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DefenseOptions:
-    """Which attacker and which PatchCleanser, as the command line says it."""
+    """Which attacker and which defense, as the command line says it.
 
+    Attributes:
+        defense: one of ``NAMED_DEFENSES``, or the name of a file.
+    """
+
+    defense: str
     patch: str | None
     covering: float | None
     locations: str
     masks: str
     multiplicity: str
+    layout: Literal["paper", "balanced"]
+    shapes: int | None
     inference: Literal["double", "challenger"]
+    tau: float | None
     fill: float | None
     tolerance: float | None
     batch_size: int | None
     memory: str | None
+
+    @property
+    def file(self) -> Path | None:
+        """The file that holds the defense; None where it is named."""
+        return None if self.defense in NAMED_DEFENSES else Path(self.defense)
 
 
 @dataclass(frozen=True)
@@ -75,19 +92,17 @@ class Classifier:
 
 
 def defend(
-    defense_file: Path | None,
     model_options: ModelOptions,
     defense_options: DefenseOptions,
     image_size: tuple[int, int] | None = None,
     channels: int | None = None,
     classes: int | None = None,
-) -> tuple[PatchCleanser, Classifier]:
+) -> tuple[PatchCleanser | MinorityReports, Classifier]:
     """Load a saved defense, or build one around the classifier that the options name.
 
     Args:
-        defense_file: written by ``defense.save``; None to build one.
         model_options: the classifier to build.
-        defense_options: the defense to build.
+        defense_options: the defense to build, or its file.
         image_size: (H, W) of the images; None for what the weights were made for.
         channels: of the images; None for what the weights were made for.
         classes: of the data, for models that the options give no number of classes.
@@ -97,9 +112,9 @@ def defend(
             there.
         RunError: weights that are damaged or of another architecture.
     """
-    if defense_file is not None:
-        defense, classifier = _load_defense(defense_file, model_options, defense_options)
-        _check_shape(defense_file, classifier.spec, image_size, channels)
+    if (file := defense_options.file) is not None:
+        defense, classifier = _load_defense(file, model_options, defense_options)
+        _check_shape(file, classifier.spec, image_size, channels)
         return defense, classifier
     classifier = build_classifier(model_options, image_size, channels, classes)
     return build_defense(defense_options, classifier, classifier.spec.image_size), classifier
@@ -126,6 +141,8 @@ def build_classifier(
     """
     from patchproof.models import ModelSpec, build_model, load_classifier, load_weights
 
+    if options.options and options.model is None:
+        raise PatchproofError("expected --model-option with --model, got it alone")
     if options.weights is not None and options.model is None:
         model, card = load_classifier(options.weights)
         spec = ModelSpec.from_dict(card["model"])
@@ -133,20 +150,19 @@ def build_classifier(
         return Classifier(model.to(pick_device(options.device)), spec, card)
     if options.model is None:
         raise PatchproofError("expected --weights FILE, --model NAME or --defense FILE, got none")
-    if (
-        options.weights is None
-        and not options.pretrained
-        and not options.model.startswith("python:")
-    ):
+    brings_weights = options.model.startswith(("python:", "onnx:"))
+    if options.weights is None and not options.pretrained and not brings_weights:
         raise PatchproofError(
             f"expected --weights FILE or --pretrained for {options.model}, got neither"
         )
     if options.weights is not None and options.pretrained:
         raise PatchproofError("expected one of --weights and --pretrained, got both")
+    if options.weights is not None and options.model.startswith("onnx:"):
+        raise PatchproofError(f"expected no --weights for {options.model}, which holds its own")
     classes = options.classes or classes
     if classes is None or image_size is None or channels is None:
         raise PatchproofError(f"expected --classes for {options.model}, got none")
-    spec = ModelSpec(options.model, classes, channels, image_size)
+    spec = ModelSpec(options.model, classes, channels, image_size, options.options)
     model = build_model(spec, pretrained=options.pretrained)
     if options.weights is not None:
         load_weights(model, options.weights)
@@ -155,51 +171,72 @@ def build_classifier(
 
 def build_defense(
     options: DefenseOptions, classifier: Classifier, image_size: tuple[int, int]
-) -> PatchCleanser:
+) -> PatchCleanser | MinorityReports:
     """Defend a classifier, with the fill that it was trained with unless the options say another.
 
     Raises:
-        PatchproofError: an option with a value that cannot be read, or out of range.
+        PatchproofError: an option with a value that cannot be read, out of range, or of another
+            defense.
     """
-    from patchproof.defenses import PatchCleanser
-    from patchproof.defenses.patchcleanser import DEFAULT_FILL, DEFAULT_TOLERANCE
+    from patchproof.defenses import MinorityReports, PatchCleanser
+    from patchproof.defenses.minority_reports import DEFAULT_TAU
+    from patchproof.defenses.over_masks import DEFAULT_FILL, DEFAULT_TOLERANCE
 
+    detects = options.defense == "minority-reports"
+    if options.tau is not None and not detects:
+        raise PatchproofError(
+            f"--tau: expected with --defense minority-reports only, got {options.defense}"
+        )
+    if options.inference != "double" and detects:
+        raise PatchproofError("--inference: expected with --defense patchcleanser only")
     fills = (options.fill, classifier.fill, DEFAULT_FILL)
-    return PatchCleanser(
-        classifier.model,
-        parse_threat(options.patch, options.covering, options.locations, image_size),
-        image_size=image_size,
-        masks_per_side=parse_pair("--masks", options.masks),
-        multiplicity=parse_pair("--multiplicity", options.multiplicity),
-        inference=options.inference,
-        fill=next(fill for fill in fills if fill is not None),
-        tolerance=DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance,
-        batch_size=options.batch_size,
-        memory_budget=None if options.memory is None else parse_memory(options.memory),
-    )
+    threat = parse_threat(options.patch, options.covering, options.locations, image_size)
+    shared: dict[str, Any] = {
+        "image_size": image_size,
+        "masks_per_side": parse_pair("--masks", options.masks),
+        "multiplicity": parse_pair("--multiplicity", options.multiplicity),
+        "layout": options.layout,
+        "shapes": options.shapes,
+        "fill": next(fill for fill in fills if fill is not None),
+        "tolerance": DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance,
+        "batch_size": options.batch_size,
+        "memory_budget": None if options.memory is None else parse_memory(options.memory),
+    }
+    if detects:
+        tau = DEFAULT_TAU if options.tau is None else options.tau
+        return MinorityReports(classifier.model, threat, tau=tau, **shared)
+    return PatchCleanser(classifier.model, threat, inference=options.inference, **shared)
 
 
 def _load_defense(
     path: Path, model_options: ModelOptions, defense_options: DefenseOptions
-) -> tuple[PatchCleanser, Classifier]:
+) -> tuple[PatchCleanser | MinorityReports, Classifier]:
     from patchproof.defenses import load
     from patchproof.models import ModelSpec, read_card
 
+    if not path.is_file():
+        raise PatchproofError(
+            f"--defense: expected {', '.join(NAMED_DEFENSES)} or a file, got {str(path)!r}"
+        )
     given = {
         "--weights": model_options.weights is not None,
         "--model": model_options.model is not None,
+        "--model-option": bool(model_options.options),
         "--patch": defense_options.patch is not None,
         "--covering": defense_options.covering is not None,
         "--locations": defense_options.locations != "anywhere",
         "--masks": defense_options.masks != "6",
         "--multiplicity": defense_options.multiplicity != "1",
+        "--layout": defense_options.layout != "paper",
+        "--shapes": defense_options.shapes is not None,
         "--inference": defense_options.inference != "double",
+        "--tau": defense_options.tau is not None,
         "--fill": defense_options.fill is not None,
         "--tolerance": defense_options.tolerance is not None,
     }
     extra = [name for name, is_given in given.items() if is_given]
     if extra:
-        raise PatchproofError(f"expected --defense without {', '.join(extra)}, got both")
+        raise PatchproofError(f"expected --defense FILE without {', '.join(extra)}, got both")
     card = read_card(path)
     defense = load(path, device=str(pick_device(model_options.device)))
     defense.batch_size = defense_options.batch_size

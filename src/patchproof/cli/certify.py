@@ -23,7 +23,8 @@ def certify(
         str,
         typer.Option(
             help="digits (comes with patchproof), mnist, cifar10, imagenette, imagenet (under "
-            "--root), or a folder: one folder of images a class, or Parquet files."
+            "--root), hf:NAME (a data set of the Hugging Face hub), or a folder: one folder of "
+            "images a class, or Parquet files."
         ),
     ] = "digits",
     root: Annotated[
@@ -51,14 +52,18 @@ def certify(
     weights: opt.Weights = None,
     model: opt.Model = None,
     classes: opt.Classes = None,
+    model_option: opt.ModelOption = None,
     pretrained: opt.Pretrained = False,
-    defense: opt.Defense = None,
+    defense: opt.Defense = "patchcleanser",
     patch: opt.Patch = None,
     covering: opt.Covering = None,
     locations: opt.Locations = "anywhere",
     masks: opt.Masks = "6",
     multiplicity: opt.Multiplicity = "1",
+    layout: opt.Layout = "paper",
+    shapes: opt.Shapes = None,
     inference: opt.Inference = "double",
+    tau: opt.Tau = None,
     fill: opt.Fill = None,
     tolerance: opt.Tolerance = None,
     stop: opt.Stop = "first_lost_region",
@@ -96,15 +101,20 @@ def certify(
     dataset = load_dataset(data, split, root=root, image_size=size, download=download)
     dataset = choose_slice(dataset, count, seed, indices)
     certifier, classifier = defend(
-        defense,
-        ModelOptions(weights, model, classes, pretrained, device),
+        ModelOptions(
+            weights, model, classes, pretrained, device, opt.parse_model_options(model_option)
+        ),
         DefenseOptions(
+            defense=defense,
             patch=patch,
             covering=covering,
             locations=locations,
             masks=masks,
             multiplicity=multiplicity,
+            layout=layout,
+            shapes=shapes,
             inference=inference,
+            tau=tau,
             fill=fill,
             tolerance=tolerance,
             batch_size=batch_size,

@@ -107,10 +107,11 @@ def _fooling(model: nn.Module, defense: PatchCleanser, image: Tensor) -> Tensor 
     """Return the image with a patch of black and white pixels that changes the model's label."""
     import torch
 
-    height, width = defense.threat.extent()
+    regions = defense.threat.regions(defense.image_size)
+    *_, height, width = regions.box(0)
     contents = torch.tensor(list(itertools.product((0.0, 1.0), repeat=height * width)))
     patched = []
-    for top, left, *_ in defense.threat.regions(defense.image_size).boxes.tolist():
+    for top, left, *_ in map(regions.box, range(len(regions))):
         variants = image.repeat(len(contents), 1, 1, 1)
         variants[..., top : top + height, left : left + width] = contents.view(-1, 1, height, width)
         patched.append(variants)

@@ -14,6 +14,9 @@ INVENTORY = {
         "tiny-resnet": "residual network for images of 8 pixels",
         "timm:NAME": "any classifier of timm, such as timm:resnet50",
         "torchvision:NAME": "any classifier of torchvision, such as torchvision:resnet18",
+        "hf:NAME": "an image classifier of transformers: hub or hf:FOLDER (extra hf), such as "
+        "hf:google/vit-base-patch16-224",
+        "onnx:FILE": "an ONNX model, scores only: no training, no attacks (extra onnx)",
         "python:package.module:factory": "your own function that returns a torch.nn.Module",
     },
     "data sets": {
@@ -22,14 +25,20 @@ INVENTORY = {
         "cifar10": "32x32 photographs in 10 classes (torchvision, --root)",
         "imagenette": "10 classes of ImageNet, at 224x224 (torchvision, --root)",
         "imagenet": "1,000 classes, at 224x224 (torchvision, --root)",
+        "hf:NAME": "a data set of the Hugging Face hub, or hf:FOLDER (extra hf), such as "
+        "hf:ylecun/mnist",
         "FOLDER": "one folder of images a class, or Parquet files SPLIT-*.parquet",
     },
     "recipes": {
         "cutout": "training with two random squares on each image, for PatchCleanser",
+        "greedy-cutout": "the same with the two masks of the defense that hurt most, from --start",
         "plain": "the same without squares, for comparison",
     },
     "defenses": {
-        "PatchCleanser": "double masking or the challenger game: certified recovery for any model",
+        "patchcleanser": "PatchCleanser, double masking or the challenger game: certified recovery "
+        "for any model",
+        "minority-reports": "Minority Reports, one mask at a time, alerts from --tau on: certified "
+        "detection for any model",
     },
     "threats": {
         "--patch 5": "one square of 5x5 pixels, anywhere",

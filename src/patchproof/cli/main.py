@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from patchproof.cli.analyze import app as analyze
 from patchproof.cli.certify import certify
 from patchproof.cli.demo import demo
 from patchproof.cli.inventory import inventory
@@ -72,6 +73,7 @@ app.command(epilog="Example: patchproof predict photo.png --weights model.safete
     predict
 )
 app.command(epilog="Example: patchproof report runs/a runs/b --out report.html")(report)
+app.add_typer(analyze, name="analyze")
 app.command("list", epilog="Example: patchproof list model.safetensors")(inventory)
 
 

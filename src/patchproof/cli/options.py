@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from patchproof.threat import Threat
     from patchproof.threat.patches import Locations as Place
 
 _MODEL = "Model"
 _THREAT = "Attacker"
-_DEFENSE = "Defense (PatchCleanser)"
+_DEFENSE = "Defense"
 _MACHINE = "Machine"
 
 Weights = Annotated[
@@ -29,9 +32,19 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="What to load the weights into: small-resnet, tiny-resnet, timm:NAME, "
-        "torchvision:NAME or python:package.module:factory (installed, or on PYTHONPATH). Its "
-        "resize and normalisation are inside, so that the patch stays in the pixels of your "
-        "images.",
+        "torchvision:NAME, hf:NAME (a transformers model of the Hugging Face hub, or its folder) "
+        "or python:package.module:factory (installed, or on PYTHONPATH); or onnx:FILE, which holds "
+        "its own. Its resize and normalisation are inside, so that the patch stays in the pixels "
+        "of your images.",
+        rich_help_panel=_MODEL,
+    ),
+]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=JSON",
+        help="An option of --model, such as widths=[16,32,64] of small-resnet, or mean=[0.5] of "
+        "onnx:FILE. May be given several times.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -47,24 +60,39 @@ Pretrained = Annotated[
     bool,
     typer.Option(
         "--pretrained",
-        help="Use the published weights of a timm: or torchvision: model.",
+        help="Use the published weights of a timm:, torchvision: or hf: model.",
         rich_help_panel=_MODEL,
     ),
 ]
 Defense = Annotated[
-    Path | None,
+    str,
     typer.Option(
-        help="Defense file, saved by `defense.save` in Python: model, masks and patch in one. "
-        "Replaces the options for model, attacker and defense.",
-        rich_help_panel=_MODEL,
+        metavar="NAME|FILE",
+        help="patchcleanser: the right label, whatever the patch shows; minority-reports: the "
+        "right label or an alert. Or a file saved by `defense.save` in Python: model, masks and "
+        "patch in one, which replaces the options for model, attacker and defense.",
+        rich_help_panel=_DEFENSE,
+    ),
+]
+Tau = Annotated[
+    float | None,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="minority-reports: the least confidence, from 0 to 1, with which a masked image "
+        "raises an alert; by default 0.8. A run tells the figures at every other tau as well.",
+        rich_help_panel=_DEFENSE,
     ),
 ]
 Patch = Annotated[
     str | None,
     typer.Option(
-        metavar="SIZE",
-        help="Patch in pixels of your images: 5 (a 5x5 square), 5x7 (height x width), or a share "
-        "as papers name it, such as 2.4%.",
+        metavar="PATCH",
+        help="Patch in pixels of your images: 5 (a 5x5 square), 5x7 (height x width), 3x8,8x3 (any "
+        "of these), any:10 or any:1% (any rectangle of at most that area), line:12x2@30 (length x "
+        "thickness @ degrees), square:5@45, diamond:7, parallelogram:4x6@20, stencil:FILE (the "
+        "pixels of a picture that are not black), or a share as papers name it, such as 2.4%. "
+        "2*5: two patches of 5x5 at once.",
         rich_help_panel=_THREAT,
     ),
 ]
@@ -103,11 +131,28 @@ Multiplicity = Annotated[
         rich_help_panel=_DEFENSE,
     ),
 ]
+Layout = Annotated[
+    Literal["paper", "balanced"],
+    typer.Option(
+        help="Which masks: those of the paper, or balanced: as many as --masks allows, each as "
+        "small as still covers.",
+        rich_help_panel=_DEFENSE,
+    ),
+]
+Shapes = Annotated[
+    int | None,
+    typer.Option(
+        metavar="COUNT",
+        help="For --patch any:AREA: how many rectangles cover all others; by default 6. Fewer "
+        "need fewer masks, which are larger.",
+        rich_help_panel=_DEFENSE,
+    ),
+]
 Inference = Annotated[
     Literal["double", "challenger"],
     typer.Option(
-        help="double: double masking (the paper's Algorithm 1); challenger: fewer forward passes, "
-        "slightly lower clean accuracy (Appendix C).",
+        help="patchcleanser: double: double masking (the paper's Algorithm 1); challenger: fewer "
+        "forward passes, slightly lower clean accuracy (Appendix C).",
         rich_help_panel=_DEFENSE,
     ),
 ]
@@ -177,6 +222,30 @@ Threads = Annotated[
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
+def parse_model_option(text: str) -> tuple[str, Any]:
+    """Return ``widths=[16,32]`` as ("widths", [16, 32]); what is not JSON is a string.
+
+    Raises:
+        PatchproofError: no name or no ``=``.
+    """
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise _misuse("--model-option", "NAME=JSON", text)
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def parse_model_options(texts: list[str] | None) -> dict[str, Any]:
+    """Return the values of ``--model-option`` by their names.
+
+    Raises:
+        PatchproofError: no name or no ``=``.
+    """
+    return dict(parse_model_option(text) for text in texts or [])
+
+
 def parse_pair(option: str, text: str) -> tuple[int, int]:
     """Return ``6`` as (6, 6) and ``6x4`` as (6, 4); at least 1 each."""
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
@@ -204,7 +273,7 @@ def parse_threat(
     """Return what the attacker may do on images of (height, width) pixels.
 
     Args:
-        patch: ``5``, ``5x7`` or a published share such as ``2.4%``; or None.
+        patch: as the help of ``--patch`` says; or None.
         covering: a fraction of the image's pixels; or None.
         locations: ``anywhere``, ``corners`` or ``top,left,height,width``.
         image_size: (H, W) in pixels.
@@ -213,22 +282,96 @@ def parse_threat(
         PatchproofError: not exactly one of ``patch`` and ``covering``, a value that cannot be read,
             or a patch that does not fit.
     """
-    from patchproof.threat import RectanglePatch, SquarePatch
+    from patchproof.threat import MultiplePatches, SquarePatch
 
     if (patch is None) == (covering is None):
         raise _misuse(
             "--patch or --covering", "exactly one of them", "none" if patch is None else "both"
         )
-    if covering is not None:
-        size = SquarePatch.covering(covering, image_size).extent()
-    elif patch is not None and patch.strip().endswith("%"):
-        size = SquarePatch.published(patch.strip(), image_size).extent()
-    else:
-        size = parse_pair("--patch", str(patch))
     place = _parse_locations(locations)
-    threat = SquarePatch(size[0], place) if size[0] == size[1] else RectanglePatch(*size, place)
+    if patch is None:
+        assert covering is not None
+        return SquarePatch(SquarePatch.covering(covering, image_size).height, place)
+    text = patch.strip().lower()
+    count, times, one = text.rpartition("*")
+    if times and not count.strip().isdecimal():
+        raise _misuse("--patch", "a number of patches before *, such as 2*5", patch)
+    threat = _parse_patch(one.strip(), patch, place, image_size)
+    if times:
+        threat = MultiplePatches(int(count), threat)
     threat.regions(image_size)
     return threat
+
+
+def _parse_patch(text: str, patch: str, place: Place, image_size: tuple[int, int]) -> Threat:
+    """Return one patch, from the part of ``--patch`` without a number of patches."""
+    from patchproof.threat import (
+        AnyRectangle,
+        RectanglePatch,
+        RectanglePatches,
+        SquarePatch,
+        StencilPatch,
+    )
+
+    kind, colon, size = text.partition(":")
+    if kind == "any":
+        if size.endswith("%"):
+            share = AnyRectangle.of_share(_number(size[:-1], patch) / 100, image_size)
+            return AnyRectangle(share.max_pixels, place)
+        if not size.isdecimal():
+            raise _misuse("--patch", "any:10 (pixels) or any:1%", patch)
+        return AnyRectangle(int(size), place)
+    if kind == "stencil":
+        return StencilPatch(_read_stencil(Path(patch.strip().partition(":")[2])), locations=place)
+    if colon:
+        lengths, at, angle = size.partition("@")
+        numbers = [_number(length, patch) for length in lengths.split("x")]
+        degrees = _number(angle, patch) if at else 0.0
+        match kind, numbers:
+            case "line", [length]:
+                drawn = StencilPatch.line(length, degrees=degrees)
+            case "line", [length, thickness]:
+                drawn = StencilPatch.line(length, thickness, degrees)
+            case "square", [side]:
+                drawn = StencilPatch.square(side, degrees)
+            case "diamond", [diagonal] if not at:
+                drawn = StencilPatch.diamond(diagonal)
+            case "parallelogram", [height, width]:
+                drawn = StencilPatch.parallelogram(height, width, degrees)
+            case _:
+                raise _misuse(
+                    "--patch",
+                    "any:10, line:12x2@30, square:5@45, diamond:7, parallelogram:4x6@20 or "
+                    "stencil:FILE",
+                    patch,
+                )
+        return StencilPatch(drawn.rows, drawn.name, place)
+    if "," in text:
+        return RectanglePatches([parse_pair("--patch", size) for size in text.split(",")], place)
+    if text.endswith("%"):
+        return SquarePatch(SquarePatch.published(text, image_size).height, place)
+    height, width = parse_pair("--patch", text)
+    return SquarePatch(height, place) if height == width else RectanglePatch(height, width, place)
+
+
+def _number(text: str, patch: str) -> float:
+    if re.fullmatch(r"-?\d+(\.\d+)?", text.strip()) is None:
+        raise _misuse("--patch", "numbers such as line:12x2@30", patch)
+    return float(text)
+
+
+def _read_stencil(path: Path) -> Tensor:
+    """Return the pixels of a picture that are not black and not transparent, (h, w) bool."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            pixels = np.array(picture.convert("LA"))
+    except OSError as error:
+        raise _misuse("--patch", "stencil:FILE with a picture", f"{path}: {error}") from error
+    return torch.from_numpy((pixels > 0).all(2))
 
 
 def _parse_locations(text: str) -> Place:

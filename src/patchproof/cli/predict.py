@@ -15,7 +15,7 @@ from patchproof.cli import options as opt
 if TYPE_CHECKING:
     from patchproof.datasets import ImageDataset
     from patchproof.datasets.images import EncodedPictures
-    from patchproof.defenses import PatchCleanser
+    from patchproof.defenses import MinorityReports, PatchCleanser
 
 _AT_ONCE = 64
 """Image files that are read before their labels are printed."""
@@ -23,7 +23,10 @@ _AT_ONCE = 64
 
 @dataclass(frozen=True)
 class Answer:
-    """What is said about one image file; ``error`` is empty if it could be read."""
+    """What is said about one image file; ``error`` is empty if it could be read.
+
+    ``label`` is None where the file could not be read, and where a detector alerts.
+    """
 
     file: str
     label: int | None = None
@@ -35,6 +38,8 @@ class Answer:
 
     def in_words(self) -> str:
         """Return one line for people."""
+        if self.label is None:
+            return f"{self.file}: {self.case}, patch suspected, {self.forwards} forwards"
         name = "" if self.class_name is None else f" ({self.class_name})"
         suspected = "patch suspected" if self.patch_suspected else "no patch suspected"
         return (
@@ -54,14 +59,18 @@ def predict(
     weights: opt.Weights = None,
     model: opt.Model = None,
     classes: opt.Classes = None,
+    model_option: opt.ModelOption = None,
     pretrained: opt.Pretrained = False,
-    defense: opt.Defense = None,
+    defense: opt.Defense = "patchcleanser",
     patch: opt.Patch = None,
     covering: opt.Covering = None,
     locations: opt.Locations = "anywhere",
     masks: opt.Masks = "6",
     multiplicity: opt.Multiplicity = "1",
+    layout: opt.Layout = "paper",
+    shapes: opt.Shapes = None,
     inference: opt.Inference = "double",
+    tau: opt.Tau = None,
     fill: opt.Fill = None,
     tolerance: opt.Tolerance = None,
     as_json: Annotated[
@@ -76,7 +85,8 @@ def predict(
 
     For each file: the robust label, its name if known, the case, and whether a patch is suspected.
     The case says how the label came about; "agreed" means that every masked image got the same
-    label, anything else that some masked images disagreed, as they do when a patch is there.
+    label, anything else that some masked images disagreed, as they do when a patch is there. With
+    --defense minority-reports, "alert" in place of a label means that a patch is suspected.
 
     Images must have the size that the classifier was made for, unless --image-size is given. A file
     that cannot be read is named, the others are still classified, and the exit code is 1.
@@ -90,23 +100,29 @@ def predict(
 
     use_threads(threads)
     size = None if image_size is None else opt.parse_pair("--image-size", image_size)
-    made_for_a_size = defense is not None or model is None
+    options = DefenseOptions(
+        defense=defense,
+        patch=patch,
+        covering=covering,
+        locations=locations,
+        masks=masks,
+        multiplicity=multiplicity,
+        layout=layout,
+        shapes=shapes,
+        inference=inference,
+        tau=tau,
+        fill=fill,
+        tolerance=tolerance,
+        batch_size=batch_size,
+        memory=memory,
+    )
+    made_for_a_size = options.file is not None or model is None
     size_of_files, channels = (None, None) if made_for_a_size else _survey(files)
     defended, classifier = defend(
-        defense,
-        ModelOptions(weights, model, classes, pretrained, device),
-        DefenseOptions(
-            patch=patch,
-            covering=covering,
-            locations=locations,
-            masks=masks,
-            multiplicity=multiplicity,
-            inference=inference,
-            fill=fill,
-            tolerance=tolerance,
-            batch_size=batch_size,
-            memory=memory,
+        ModelOptions(
+            weights, model, classes, pretrained, device, opt.parse_model_options(model_option)
         ),
+        options,
         size or size_of_files,
         channels,
     )
@@ -125,7 +141,7 @@ def predict(
 
 
 def _answers(
-    defense: PatchCleanser,
+    defense: PatchCleanser | MinorityReports,
     images: ImageDataset,
     files: Sequence[Path],
     class_names: Sequence[str] | None,
@@ -133,7 +149,7 @@ def _answers(
     """Yield the answers in the order of the files, reading and classifying some at a time."""
     import torch
 
-    from patchproof.results import Case, PatchproofError
+    from patchproof.results import ALERT, Case, PatchproofError
 
     for start in range(0, len(files), _AT_ONCE):
         answers: dict[int, Answer] = {}
@@ -149,12 +165,13 @@ def _answers(
             for position, label, case, forwards in zip(
                 read, *(column.tolist() for column in columns), strict=True
             ):
+                alerted = label == ALERT
                 answers[position] = Answer(
                     file=str(files[position]),
-                    label=label,
-                    class_name=None if class_names is None else class_names[label],
+                    label=None if alerted else label,
+                    class_name=None if alerted or class_names is None else class_names[label],
                     case=Case(case).name.lower(),
-                    patch_suspected=case != Case.AGREED,
+                    patch_suspected=case not in (Case.AGREED, Case.OVERRULED),
                     forwards=forwards,
                 )
         yield from (answers[position] for position in sorted(answers))

@@ -13,16 +13,16 @@ from rich.table import Table
 
 from patchproof.aggregation.base import Stop
 from patchproof.datasets import ImageDataset
+from patchproof.evaluation import DetectionSummary, Summary, certify_dataset
 from patchproof.evaluation import Progress as RunProgress
-from patchproof.evaluation import Summary, certify_dataset
 
 if TYPE_CHECKING:
-    from patchproof.defenses import PatchCleanser
+    from patchproof.defenses import MinorityReports, PatchCleanser
     from patchproof.models import ModelSpec
 
 
 def certify_and_show(
-    defense: PatchCleanser,
+    defense: PatchCleanser | MinorityReports,
     dataset: ImageDataset,
     out: Path,
     *,
@@ -30,13 +30,14 @@ def certify_and_show(
     gallery: int,
     spec: ModelSpec | None,
     about: Mapping[str, Any],
-) -> Summary:
+) -> Summary | DetectionSummary:
     """Certify a data set with a progress bar on stderr, and print the figures.
 
     Raises:
         typer.Exit: Ctrl-C, after what is finished is written.
     """
     done = 0
+    promise = "certified" if defense.kind == "recovery" else "certified detection"
     columns = (
         TextColumn("certifying"),
         BarColumn(),
@@ -51,7 +52,7 @@ def certify_and_show(
         nonlocal done
         done = progress.done
         bar.start()
-        bar.update(task, completed=done, state=_state(progress))
+        bar.update(task, completed=done, state=_state(progress, promise))
 
     try:
         summary = certify_dataset(
@@ -84,14 +85,14 @@ def _stop(bar: Progress) -> None:
         bar.stop()
 
 
-def _state(progress: RunProgress) -> str:
+def _state(progress: RunProgress, promise: str) -> str:
     if progress.done == progress.total:
         return "finishing"
     if not progress.images_per_second:
         return ""
     return (
         f"{progress.images_per_second:.3g} images/s, {_duration(progress.seconds_left)} left, "
-        f"clean {progress.clean_accuracy:.1%}, certified {progress.certified_accuracy:.1%}"
+        f"clean {progress.clean_accuracy:.1%}, {promise} {progress.certified_share:.1%}"
     )
 
 
@@ -101,7 +102,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _table(summary: Summary, defense: PatchCleanser) -> Table:
+def _table(summary: Summary | DetectionSummary, defense: PatchCleanser | MinorityReports) -> Table:
     title = (
         f"{summary.count} images against {defense.threat.describe()}; {len(defense.mask_set)} masks"
     )
@@ -109,12 +110,22 @@ def _table(summary: Summary, defense: PatchCleanser) -> Table:
     table.add_column("")
     table.add_column("accuracy", justify="right")
     table.add_column("95% interval", justify="right")
-    for name, share in (
-        ("undefended, clean image", summary.vanilla_accuracy),
-        ("defended, clean image", summary.clean_accuracy),
-        ("certified: right whatever the patch shows", summary.certified_accuracy),
-        ("the paper's condition", summary.paper_accuracy),
-    ):
+    shares = {"undefended, clean image": summary.vanilla_accuracy}
+    if isinstance(summary, DetectionSummary):
+        shares |= {
+            "defended, clean image: right and no alert": summary.clean_accuracy,
+            "alert on the clean image": summary.alert_rate,
+            "certified detection: right or an alert whatever the patch shows": (
+                summary.certified_detection_accuracy
+            ),
+        }
+    else:
+        shares |= {
+            "defended, clean image": summary.clean_accuracy,
+            "certified: right whatever the patch shows": summary.certified_accuracy,
+            "the paper's condition": summary.paper_accuracy,
+        }
+    for name, share in shares.items():
         table.add_row(name, f"{share.value:.1%}", f"{share.low:.1%} to {share.high:.1%}")
     table.caption = (
         f"{summary.forwards_per_image:.1f} model forwards per image, "

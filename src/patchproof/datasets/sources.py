@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchproof.datasets.hub import HubDataset
 from patchproof.datasets.images import (
     ArrayPictures,
     EncodedPictures,
@@ -61,14 +62,18 @@ def load_dataset(
     Args:
         source: ``digits`` (scikit-learn's 8x8 digits, embedded, grey levels 0 to 16 spread over 0
             to 255), ``mnist``, ``cifar10``, ``imagenette`` or ``imagenet`` (torchvision's, under
-            ``root``); or the path of a folder: Parquet files ``SPLIT-*.parquet`` with columns
+            ``root``); ``hf:NAME``, a data set of the Hugging Face hub, or a folder that its library
+            reads, as ``hf:NAME?config=C&revision=R&image=COLUMN&label=COLUMN`` where there is a
+            choice; or the path of a folder: Parquet files ``SPLIT-*.parquet`` with columns
             ``image`` (encoded bytes) and ``label`` (integers), or one folder of images for each
             class, possibly under one for each split. Without split folders, the split is ``all``.
         split: ``train``, ``validation``, ``test`` or ``all``.
-        root: where torchvision's data sets are.
+        root: where torchvision's data sets are; for ``hf:``, where copies of the files are kept
+            (by default where its library keeps them).
         image_size: (H, W) to resize and crop the images to. By default images keep their size,
             and ImageNette and ImageNet come at 224x224.
-        download: fetch ``mnist``, ``cifar10`` or ``imagenette`` if it is not under ``root``.
+        download: fetch ``mnist``, ``cifar10`` or ``imagenette`` if it is not under ``root``;
+            ``hf:`` data sets are fetched anyway.
         name: what to call the data set; by default ``source``, or the folder's name.
 
     Raises:
@@ -85,16 +90,20 @@ def load_dataset(
         splits = _TORCHVISION[source](Path(root), download)
         if image_size is None and source in ("imagenette", "imagenet"):
             image_size = (224, 224)
+    elif source.startswith("hf:"):
+        cache = None if root is None else Path(root)
+        splits = _hugging_face(HubDataset.parse(source.removeprefix("hf:"), cache))
     elif not folder.is_dir():
         raise PatchproofError(
-            f"expected digits, {', '.join(_TORCHVISION)} or an existing folder, got {source!r}"
+            f"expected digits, {', '.join(_TORCHVISION)}, hf:NAME or an existing folder, "
+            f"got {source!r}"
         )
     elif parquet := sorted(folder.glob("*.parquet")):
         splits = _parquet(parquet)
     else:
         splits = _image_folder(folder)
     if name is None:
-        named = source == "digits" or source in _TORCHVISION
+        named = source == "digits" or source in _TORCHVISION or source.startswith("hf:")
         name = source if named else folder.name or folder.resolve().name
     split = _SPLIT_NAMES.get(split, split)
     rows, indices = _select(splits, split, name)
@@ -254,6 +263,13 @@ def _folder_rows(folder: Path, class_names: tuple[str, ...] | None = None) -> _R
 
 def _folders(folder: Path) -> list[Path]:
     return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith("."))
+
+
+def _hugging_face(hub: HubDataset) -> _Splits:
+    def rows(split: str) -> _Rows:
+        return _Rows(*hub.rows(split))
+
+    return {_SPLIT_NAMES.get(split, split): partial(rows, split) for split in hub.splits()}
 
 
 def _arrays(class_name: str, root: Path, download: bool) -> _Splits:

@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +45,9 @@ def exact_inference(device: torch.device) -> Iterator[None]:
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """Return where a model's parameters are (the CPU if it has none)."""
-    parameter = next(model.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+    """Return where a model's parameters and buffers are (the CPU if it has none)."""
+    held = next(chain(model.parameters(), model.buffers()), None)
+    return torch.device("cpu") if held is None else held.device
 
 
 def default_batch_size(image: Tensor, device: torch.device) -> int:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from patchproof.defenses.minority_reports import MinorityReports
 from patchproof.defenses.patchcleanser import PatchCleanser
 from patchproof.models import load_classifier
 from patchproof.results import PatchproofError
 
+_TYPES: dict[str, type[PatchCleanser] | type[MinorityReports]] = {
+    defense.__name__: defense for defense in (PatchCleanser, MinorityReports)
+}
 
-def load(path: Path | str, *, device: str = "cpu", allow_code: bool = False) -> PatchCleanser:
+
+def load(
+    path: Path | str, *, device: str = "cpu", allow_code: bool = False
+) -> PatchCleanser | MinorityReports:
     """Load a defense that its ``save`` wrote, with its model in eval mode on ``device``.
 
     Args:
@@ -19,11 +26,15 @@ def load(path: Path | str, *, device: str = "cpu", allow_code: bool = False) -> 
             files from somebody you trust.
 
     Raises:
-        PatchproofError: no such file, or a file without a defense.
+        PatchproofError: no such file, a file without a defense, or a defense of another version.
         RunError: weights that are damaged or do not fit the model that the card names.
     """
     model, card = load_classifier(path, allow_code=allow_code)
     values = card["made"].get("defense")
     if values is None:
         raise PatchproofError(f"expected a file with a defense, got a classifier alone: {path}")
-    return PatchCleanser.from_dict(model.to(device), values)
+    if values["type"] not in _TYPES:
+        raise PatchproofError(
+            f"expected a defense of type {' or '.join(_TYPES)}, got {values['type']}: {path}"
+        )
+    return _TYPES[values["type"]].from_dict(model.to(device), values)

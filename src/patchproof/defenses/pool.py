@@ -40,10 +40,9 @@ class Pool:
         return len(self.keys)
 
     def select(self, chosen: Tensor) -> Pool:
-        """Return some of the images, by (N,) bool."""
-        keys = [key for key, take in zip(self.keys, chosen.tolist(), strict=True) if take]
+        """Return some of the images, by (n,) indices."""
         return Pool(
-            keys,
+            [self.keys[index] for index in chosen.tolist()],
             self.images[chosen.to(self.images.device)],
             self.labels[chosen],
             self.outputs.select(chosen),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from patchproof.aggregation import Aggregation, Goal
+from patchproof.aggregation import Aggregation, DetectingAggregation, Goal
 from patchproof.aggregation.base import CERTAIN, Stop
 from patchproof.defenses.checks import (
     check_images,
@@ -27,9 +29,12 @@ from patchproof.defenses.inference import (
     model_device,
 )
 from patchproof.defenses.pool import Pool, choose
+from patchproof.detection import DetectionCertification
 from patchproof.results import (
     INVALID_LABEL,
+    Certificates,
     Certification,
+    Kind,
     Outputs,
     PatchproofError,
     Prediction,
@@ -43,7 +48,10 @@ Example = tuple[int, Tensor, int]
 """A key of the caller's choice, an image (C, H, W) and its label."""
 
 
-class ViewDefense:
+C = TypeVar("C", bound=Certificates)
+
+
+class ViewSystem(ABC, Generic[C]):
     """Views of an image, a model that scores each, and an aggregation to one label.
 
     ``predict`` and ``certify`` share one loop: evaluate the views that are wanted, across images,
@@ -65,6 +73,8 @@ class ViewDefense:
     Raises:
         PatchproofError: a model in training mode, or numbers out of range.
     """
+
+    kind: ClassVar[Kind]
 
     def __init__(
         self,
@@ -90,6 +100,10 @@ class ViewDefense:
         self.corruption = views.corruption(threat)
         self._classes = 0
 
+    @abstractmethod
+    def _promise(self, outputs: Outputs, labels: Tensor, shared: dict[str, Any]) -> C:
+        """Return the certificates of decided images, given the values of ``Certificates``."""
+
     @property
     def device(self) -> torch.device:
         """Where the model is, and where its views are made."""
@@ -102,7 +116,7 @@ class ViewDefense:
             images: (N, C, H, W) float32 in [0, 1].
 
         Returns:
-            (N,) int64.
+            (N,) int64; from detectors ``ALERT`` (-1) where a patch is suspected.
 
         Raises:
             PatchproofError: images of another shape, type or range, or a model in training mode.
@@ -120,9 +134,7 @@ class ViewDefense:
             forwards[decided.keys] = decided.forwards
         return Prediction(label, case, forwards)
 
-    def certify(
-        self, images: Tensor, labels: Tensor, stop: Stop = "first_lost_region"
-    ) -> Certification:
+    def certify(self, images: Tensor, labels: Tensor, stop: Stop = "first_lost_region") -> C:
         """Certify each image for its label.
 
         Args:
@@ -144,15 +156,15 @@ class ViewDefense:
             raise PatchproofError("images: expected at least one, got none")
         examples = ((index, images[index], label) for index, label in enumerate(numbers))
         keys: list[int] = []
-        parts = []
+        parts: list[C] = []
         for group, part in self.certify_stream(examples, stop):
             keys += group
             parts.append(part)
-        return Certification.concatenate(parts, torch.tensor(keys).argsort())
+        return parts[0].concatenate(parts, torch.tensor(keys).argsort())
 
     def certify_stream(
         self, examples: Iterable[Example], stop: Stop = "first_lost_region"
-    ) -> Iterator[tuple[list[int], Certification]]:
+    ) -> Iterator[tuple[list[int], C]]:
         """Certify images as they come, and yield them as they are done, out of order.
 
         Args:
@@ -168,27 +180,23 @@ class ViewDefense:
             outputs, labels = decided.outputs, decided.labels
             prediction, case = self.aggregation.predict(outputs)
             verdicts = self.aggregation.certify(outputs, labels, self.corruption.patterns)
-            yield (
-                decided.keys,
-                Certification(
-                    prediction=prediction,
-                    certified=(verdicts == Verdict.HOLDS).all(1) & (prediction == labels),
-                    paper_condition=self.aggregation.paper_condition(outputs, labels),
-                    case=case,
-                    forwards=decided.forwards,
-                    smallest_margin=outputs.margins.masked_fill(~outputs.known, torch.inf).amin(1),
-                    verdicts=verdicts,
-                    region_to_pattern=self.corruption.region_to_pattern,
-                    regions=self.regions,
-                    threat=self.threat,
-                ),
-            )
+            shared = {
+                "prediction": prediction,
+                "case": case,
+                "forwards": decided.forwards,
+                "smallest_margin": outputs.margins.masked_fill(~outputs.known, torch.inf).amin(1),
+                "verdicts": verdicts,
+                "corruption": self.corruption,
+                "regions": self.regions,
+                "threat": self.threat,
+            }
+            yield decided.keys, self._promise(outputs, labels, shared)
 
     def tune_batch_size(self, image: Tensor) -> int:
         """Measure which batch size is fastest for images like ``image`` (C, H, W), and keep it."""
         check_images(image[None], self.image_size)
         image = image.to(self.device)
-        largest = self._largest_batch(image, 2 * default_batch_size(image, self.device))
+        largest = self._largest_batch(image, 4 * default_batch_size(image, self.device))
         batch = image.expand(largest, -1, -1, -1)
         forwards = torch.arange(largest, device=image.device) % self._forwards
         with exact_inference(image.device):
@@ -248,16 +256,18 @@ class ViewDefense:
                 scores = self._evaluate(pool.images[image.to(self.device)], forward.to(self.device))
                 pool.record(image, forward, scores.cpu())
                 batch_size = min(batch_size, self.batch_size or batch_size)
-            priority = self._priority(pool, stop)
+                news = torch.bincount(image).nonzero().squeeze(1)  # others want what they wanted
+                priority[news] = self._priority(pool.select(news), stop)
             decided = priority.amax(1) == 0
             if decided.any():
-                done = pool.select(decided)
+                done = pool.select(decided.nonzero().squeeze(1))
                 if (done.outputs.known & (done.outputs.labels == INVALID_LABEL)).any():
                     warnings.warn(
                         "the model's output is not finite for some views: they count as corrupted",
                         stacklevel=2,
                     )
-                pool, priority = pool.select(~decided), priority[~decided]
+                left = (~decided).nonzero().squeeze(1)
+                pool, priority = pool.select(left), priority[left]
                 yield done
 
     def _admit(self, examples: Iterator[Example], count: int, stop: Stop | None) -> Pool | None:
@@ -306,3 +316,37 @@ class ViewDefense:
                 "make a new defense for another model"
             )
         return scores
+
+
+class ViewDefense(ViewSystem[Certification]):
+    """Views, a model and an aggregation that recovers the right label; see ``ViewSystem``."""
+
+    kind = "recovery"
+
+    def _promise(self, outputs: Outputs, labels: Tensor, shared: dict[str, Any]) -> Certification:
+        holds = (shared["verdicts"] == Verdict.HOLDS).all(1)
+        return Certification(
+            **shared,
+            certified=holds & (shared["prediction"] == labels),
+            paper_condition=self.aggregation.paper_condition(outputs, labels),
+        )
+
+
+class ViewDetector(ViewSystem[DetectionCertification]):
+    """Views, a model and an aggregation that returns a label or an alert; see ``ViewSystem``."""
+
+    kind = "detection"
+    aggregation: DetectingAggregation
+
+    def _promise(
+        self, outputs: Outputs, labels: Tensor, shared: dict[str, Any]
+    ) -> DetectionCertification:
+        thresholds = self.aggregation.thresholds(outputs, labels, self.corruption.patterns)
+        return DetectionCertification(
+            **shared,
+            certified_detection=thresholds.certified_detection(self.aggregation.tau),
+            unmasked=thresholds.unmasked,
+            alert_threshold=thresholds.alert,
+            certified_above=thresholds.certified_above,
+            certified_threshold=thresholds.certified,
+        )

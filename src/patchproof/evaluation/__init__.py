@@ -2,9 +2,16 @@
 
 from patchproof.evaluation.certify import Progress, certify_dataset
 from patchproof.evaluation.store import Gallery, Result, read_result
-from patchproof.evaluation.summary import Proportion, Summary, summarize
+from patchproof.evaluation.summary import (
+    DetectionSummary,
+    Proportion,
+    Summary,
+    summarize,
+    trade_off_table,
+)
 
 __all__ = [
+    "DetectionSummary",
     "Gallery",
     "Progress",
     "Proportion",
@@ -13,4 +20,5 @@ __all__ = [
     "certify_dataset",
     "read_result",
     "summarize",
+    "trade_off_table",
 ]

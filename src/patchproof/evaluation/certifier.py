@@ -9,12 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from patchproof.aggregation.base import Stop
-from patchproof.results import Certification
+from patchproof.detection import DetectionCertification
+from patchproof.results import Certification, Kind
 from patchproof.threat import Threat
+
+AnyCertification = Certification | DetectionCertification
 
 
 class Certifier(Protocol):
     """A defense that certifies labelled images against its threat."""
+
+    @property
+    def kind(self) -> Kind:
+        """What its certificates promise."""
 
     @property
     def model(self) -> nn.Module:
@@ -35,12 +42,12 @@ class Certifier(Protocol):
     def tune_batch_size(self, image: Tensor) -> int:
         """Measure which batch size is fastest for images (C, H, W) like this, and keep it."""
 
-    def certify(self, images: Tensor, labels: Tensor, stop: Stop = ...) -> Certification:
+    def certify(self, images: Tensor, labels: Tensor, stop: Stop = ...) -> AnyCertification:
         """Certify N images."""
 
     def certify_stream(
         self, examples: Iterable[tuple[int, Tensor, int]], stop: Stop = ...
-    ) -> Iterator[tuple[list[int], Certification]]:
+    ) -> Iterator[tuple[list[int], AnyCertification]]:
         """Certify (key, image, label) and yield the keys of finished images with their results."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -20,12 +20,19 @@ from patchproof.aggregation.base import Stop
 from patchproof.datasets import CorruptImageError, ImageDataset
 from patchproof.defenses.checks import check_model
 from patchproof.defenses.inference import exact_inference
-from patchproof.evaluation.certifier import Certifier
+from patchproof.evaluation.certifier import AnyCertification, Certifier
 from patchproof.evaluation.gallery import choose_images, make_gallery
-from patchproof.evaluation.store import FORMAT, Row, RunFolder, read_gallery
-from patchproof.evaluation.summary import Summary, summarize
+from patchproof.evaluation.store import (
+    CERTIFIED,
+    FORMAT,
+    Row,
+    RunFolder,
+    empty_row,
+    read_gallery,
+)
+from patchproof.evaluation.summary import AnySummary, summarize
 from patchproof.models import ModelSpec, model_digest
-from patchproof.results import Case, Certification, PatchproofError, RunError
+from patchproof.results import Case, PatchproofError, RunError
 
 SHARD_IMAGES = 512
 SHARD_SECONDS = 30.0
@@ -47,7 +54,8 @@ class Progress:
         corrupt: images that could not be read, among ``done``.
         images_per_second: in this session.
         clean_accuracy: so far; NaN before the first image.
-        certified_accuracy: so far; NaN before the first image.
+        certified_share: of the images so far, those with a certificate of the run's kind; NaN
+            before the first image.
     """
 
     done: int
@@ -55,7 +63,7 @@ class Progress:
     corrupt: int
     images_per_second: float
     clean_accuracy: float
-    certified_accuracy: float
+    certified_share: float
 
     @property
     def seconds_left(self) -> float:
@@ -74,7 +82,7 @@ def certify_dataset(
     spec: ModelSpec | None = None,
     about: Mapping[str, Any] | None = None,
     progress: Callable[[Progress], None] | None = None,
-) -> Summary:
+) -> AnySummary:
     """Certify every image of a data set and write a results folder.
 
     Finished images are written every half minute. A run that was stopped, whatever stopped it, goes
@@ -82,7 +90,7 @@ def certify_dataset(
     image that cannot be decoded is logged, recorded as ``"corrupt"``, and in no accuracy.
 
     Args:
-        defense: such as ``PatchCleanser``.
+        defense: such as ``PatchCleanser`` or ``MinorityReports``.
         dataset: N labelled images of the defense's size.
         out: the results folder; it is made, must be empty, or hold the same run.
         stop: ``"first_lost_region"`` for accuracies, ``"never"`` to settle every patch region.
@@ -118,8 +126,8 @@ def certify_dataset(
         examples, timing = folder.tables()
         if len(examples) != len(dataset):
             raise RunError(f"expected results of {len(dataset)} images, got {len(examples)}")
-        summary = summarize(examples, timing, manifest["about"]["batch_size"])
-        chosen = choose_images(examples, gallery)
+        summary = summarize(examples, timing, manifest["about"]["batch_size"], defense.kind)
+        chosen = choose_images(examples, gallery, defense.kind)
         kept = read_gallery(folder.path)
         if chosen and (kept is None or kept.index.tolist() != chosen):
             folder.write_gallery(make_gallery(defense, dataset, chosen))
@@ -138,6 +146,7 @@ class _Recorder:
     ) -> None:
         earlier, _ = folder.tables()
         read = earlier[earlier["status"] == "ok"]
+        self._empty = empty_row(folder.kind)
         self.finished = set(earlier["index"].tolist())
         self.vanilla: dict[int, int] = {}
         self._folder = folder
@@ -146,36 +155,22 @@ class _Recorder:
         self._rows: list[Row] = []
         self._read = len(read)
         self._right = int((read["prediction"] == read["label"]).sum())
-        self._certified = int(read["certified"].sum())
+        self._certificates = CERTIFIED[folder.kind]
+        self._certified = int(read[self._certificates].sum())
         self._earlier = len(earlier)
         self._started = self._flushed = time.perf_counter()
 
-    def add_certified(self, positions: list[int], certification: Certification) -> None:
+    def add_certified(self, positions: list[int], certification: AnyCertification) -> None:
         """Record the images at these positions of the data set."""
-        columns = zip(
-            positions,
-            certification.prediction.tolist(),
-            certification.certified.tolist(),
-            certification.paper_condition.tolist(),
-            certification.case.tolist(),
-            certification.forwards.tolist(),
-            certification.smallest_margin.tolist(),
-            strict=True,
-        )
-        for position, prediction, certified, paper, case, forwards, margin in columns:
-            row = self._row(position) | {
-                "vanilla": self.vanilla.pop(position),
-                "prediction": prediction,
-                "certified": certified,
-                "paper_condition": paper,
-                "case": Case(case).name.lower(),
-                "forwards": forwards,
-                "smallest_margin": margin,
-            }
+        names = [field.name for field in fields(certification) if field.name in self._empty]
+        columns = [getattr(certification, name).tolist() for name in names]
+        for position, *values in zip(positions, *columns, strict=True):
+            row = self._row(position) | dict(zip(names, values, strict=True))
+            row |= {"vanilla": self.vanilla.pop(position), "case": Case(row["case"]).name.lower()}
             self._rows.append(row)
             self._read += 1
-            self._right += prediction == row["label"]
-            self._certified += certified
+            self._right += row["prediction"] == row["label"]
+            self._certified += row[self._certificates]
         self._after_adding()
 
     def add_corrupt(self, position: int, error: CorruptImageError) -> None:
@@ -209,7 +204,7 @@ class _Recorder:
                 corrupt=done - self._read,
                 images_per_second=(done - self._earlier) / elapsed,
                 clean_accuracy=self._right / self._read if self._read else float("nan"),
-                certified_accuracy=self._certified / self._read if self._read else float("nan"),
+                certified_share=self._certified / self._read if self._read else float("nan"),
             )
         )
 
@@ -218,18 +213,10 @@ class _Recorder:
         return int(self._dataset.indices[position]) in self.finished
 
     def _row(self, position: int) -> Row:
-        return {
+        return self._empty | {
+            "status": "ok",
             "index": int(self._dataset.indices[position]),
             "label": int(self._dataset.labels[position]),
-            "vanilla": -1,
-            "prediction": -1,
-            "certified": False,
-            "paper_condition": False,
-            "case": Case.NONE.name.lower(),
-            "status": "ok",
-            "message": "",
-            "forwards": 0,
-            "smallest_margin": float("nan"),
         }
 
     def _after_adding(self) -> None:
@@ -320,6 +307,7 @@ def _identity(
         else {"spec": spec.to_dict()}
     )
     return {
+        "kind": defense.kind,
         "defense": defense.to_dict(),
         "threat": defense.threat.to_dict(),
         "image_size": list(defense.image_size),

@@ -8,39 +8,42 @@ import torch
 
 from patchproof.datasets import ImageDataset
 from patchproof.evaluation.certifier import Certifier
-from patchproof.evaluation.store import Gallery
+from patchproof.evaluation.store import CERTIFIED, Gallery
+from patchproof.results import Kind
 
 
-def choose_images(examples: pd.DataFrame, count: int) -> list[int]:
+def choose_images(examples: pd.DataFrame, count: int, kind: Kind = "recovery") -> list[int]:
     """Choose images to look at: certified ones, right but not certified ones, wrong ones.
 
-    Each kind gets a third of ``count``, or what others have no images for, spread evenly over the
+    Each group gets a third of ``count``, or what others have no images for, spread evenly over the
     data set.
 
     Args:
         examples: one row an image, by ascending index.
         count: how many images at most.
+        kind: what the run's certificates promise.
 
     Returns:
-        Their indices, kind after kind.
+        Their indices, group after group.
     """
     read = examples[examples["status"] == "ok"]
     right = read["prediction"] == read["label"]
-    kinds = [
+    certified = read[CERTIFIED[kind]]
+    groups = [
         read.loc[rows, "index"].to_numpy()
-        for rows in (read["certified"], right & ~read["certified"], ~right & ~read["certified"])
+        for rows in (certified, right & ~certified, ~right & ~certified)
     ]
-    shares = [0] * len(kinds)
+    shares = [0] * len(groups)
     for _ in range(min(count, len(read))):
         hungriest = min(
-            (kind for kind in range(len(kinds)) if shares[kind] < len(kinds[kind])),
-            key=lambda kind: shares[kind],
+            (group for group in range(len(groups)) if shares[group] < len(groups[group])),
+            key=lambda group: shares[group],
         )
         shares[hungriest] += 1
     return [
-        int(kind[place])
-        for kind, share in zip(kinds, shares, strict=True)
-        for place in np.linspace(0, len(kind) - 1, share).round().astype(int)
+        int(group[place])
+        for group, share in zip(groups, shares, strict=True)
+        for place in np.linspace(0, len(group) - 1, share).round().astype(int)
     ]
 
 

@@ -13,32 +13,41 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from patchproof.evaluation.summary import Summary, summarize
+from patchproof.evaluation.summary import AnySummary, summarize
 from patchproof.models.weights import write_atomically
-from patchproof.results import PatchproofError, RunError
+from patchproof.results import Case, Kind, PatchproofError, RunError
 
 FORMAT = "patchproof-result/1"
 
-EXAMPLES = pa.schema(
-    {
-        "index": pa.int64(),
-        "label": pa.int64(),
-        "vanilla": pa.int64(),
-        "prediction": pa.int64(),
-        "certified": pa.bool_(),
-        "paper_condition": pa.bool_(),
-        "case": pa.string(),
-        "status": pa.string(),
-        "message": pa.string(),
-    }
-)
+
+def _examples(columns: dict[str, pa.DataType]) -> pa.Schema:
+    """Return the schema of a kind of run, with the columns that all have."""
+    labels = dict.fromkeys(("index", "label", "vanilla", "prediction"), pa.int64())
+    return pa.schema(labels | columns | dict.fromkeys(("case", "status", "message"), pa.string()))
+
+
+EXAMPLES: dict[Kind, pa.Schema] = {
+    "recovery": _examples({"certified": pa.bool_(), "paper_condition": pa.bool_()}),
+    "detection": _examples(
+        {
+            "certified_detection": pa.bool_(),
+            "unmasked": pa.int64(),
+            "alert_threshold": pa.float64(),
+            "certified_above": pa.float64(),
+            "certified_threshold": pa.float64(),
+        }
+    ),
+}
+CERTIFIED: dict[Kind, str] = {"recovery": "certified", "detection": "certified_detection"}
+"""The column that holds the certificates of a kind of run."""
+
 TIMING = pa.schema(
     {
         "index": pa.int64(),
@@ -49,7 +58,22 @@ TIMING = pa.schema(
 )
 
 Row = dict[str, Any]
-"""The values of one image: the columns of ``EXAMPLES`` and of ``TIMING``."""
+"""The values of one image: the columns of ``EXAMPLES[kind]`` and of ``TIMING``."""
+
+
+_NOTHING: dict[pa.DataType, Any] = {
+    pa.int64(): -1,
+    pa.bool_(): False,
+    pa.float64(): float("nan"),
+    pa.string(): "",
+}
+
+
+def empty_row(kind: Kind) -> Row:
+    """Return the values of an image that no model has seen."""
+    columns = [*EXAMPLES[kind], *TIMING]
+    row = {column.name: _NOTHING[column.type] for column in columns}
+    return row | {"case": Case.NONE.name.lower(), "forwards": 0}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,16 +110,22 @@ class Result:
     manifest: dict[str, Any]
     examples: pd.DataFrame
     timing: pd.DataFrame
-    summary: Summary
+    summary: AnySummary
     gallery: Gallery | None
     finished: bool
+
+    @property
+    def kind(self) -> Kind:
+        """What the run's certificates promise."""
+        return run_kind(self.manifest)
 
 
 class RunFolder:
     """A results folder that one run writes to."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, kind: Kind) -> None:
         self.path = path
+        self.kind = kind
         self._next_shard = 1 + max((_number(shard) for shard in _shards(path)), default=-1)
 
     @classmethod
@@ -125,16 +155,16 @@ class RunFolder:
                 )
             else:
                 write_atomically(path / "manifest.json", _json(manifest))
-            yield cls(path)
+            yield cls(path, run_kind(manifest))
 
     def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
         """Return the examples and the timing written so far, by ascending index."""
-        return _read_tables(self.path)
+        return _read_tables(self.path, self.kind)
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write finished images as the next shard."""
         number = self._next_shard
-        for name, schema in (("timing", TIMING), ("examples", EXAMPLES)):
+        for name, schema in (("timing", TIMING), ("examples", EXAMPLES[self.kind])):
             buffer = io.BytesIO()
             pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), buffer)
             write_atomically(self.path / f"{name}-{number:05}.parquet", buffer.getvalue())
@@ -151,7 +181,7 @@ class RunFolder:
         )
         write_atomically(self.path / "gallery.npz", buffer.getvalue())
 
-    def write_summary(self, summary: Summary) -> None:
+    def write_summary(self, summary: AnySummary) -> None:
         """Write the figures: the run is finished."""
         write_atomically(self.path / "summary.json", _json(summary.to_dict()))
 
@@ -165,7 +195,8 @@ def read_result(folder: Path | str) -> Result:
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
-    examples, timing = _read_tables(folder)
+    kind = run_kind(manifest)
+    examples, timing = _read_tables(folder, kind)
     if examples.empty:
         raise PatchproofError(f"{folder}: expected results, got a run without a finished image")
     return Result(
@@ -173,7 +204,7 @@ def read_result(folder: Path | str) -> Result:
         manifest=manifest,
         examples=examples,
         timing=timing,
-        summary=summarize(examples, timing, manifest.get("about", {}).get("batch_size")),
+        summary=summarize(examples, timing, manifest.get("about", {}).get("batch_size"), kind),
         gallery=read_gallery(folder),
         finished=(folder / "summary.json").exists(),
     )
@@ -194,11 +225,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise PatchproofError(f"{path}: expected JSON, got {error}") from error
     match manifest:
-        case {"format": str(found), "identity": dict()} if found == FORMAT:
-            return dict(manifest)
+        case {"format": str(found), "identity": dict(identity)} if found == FORMAT:
+            # Until there were others, every run was one of recovery.
+            return dict(manifest) | {"identity": {"kind": "recovery"} | identity}
         case {"format": found}:
             raise PatchproofError(f"{path}: expected the format {FORMAT}, got {found!r}")
     raise PatchproofError(f"{path}: expected the format {FORMAT}, got no manifest of a run")
+
+
+def run_kind(manifest: Mapping[str, Any]) -> Kind:
+    """Return what the certificates of a run promise, by its manifest.
+
+    Raises:
+        PatchproofError: a kind that this version does not know.
+    """
+    kind = manifest["identity"]["kind"]
+    if kind not in EXAMPLES:
+        raise PatchproofError(
+            f"manifest: expected a run of kind {' or '.join(EXAMPLES)}, got {kind!r}"
+        )
+    return cast(Kind, kind)
 
 
 def read_gallery(folder: Path) -> Gallery | None:
@@ -251,10 +297,10 @@ def _only_writer(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _read_tables(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _read_tables(folder: Path, kind: Kind) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the examples and timing of all shards, one row an image, by ascending index."""
     numbers = [_number(shard) for shard in _shards(folder)]
-    examples = _read_shards(folder, "examples", numbers, EXAMPLES)
+    examples = _read_shards(folder, "examples", numbers, EXAMPLES[kind])
     timing = _read_shards(folder, "timing", numbers, TIMING)
     if not examples["index"].equals(timing["index"]):
         raise RunError(f"{folder}: expected examples and timing of the same images, got others")

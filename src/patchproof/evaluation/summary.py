@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pandas as pd
+import torch
 from scipy.stats import binomtest
 
-from patchproof.results import RunError
+from patchproof.detection import Thresholds
+from patchproof.results import ALERT, Kind, RunError
 
 
 @dataclass(frozen=True)
@@ -37,20 +40,17 @@ class Proportion:
         return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%})"
 
 
-@dataclass(frozen=True)
-class Summary:
-    """The figures of one run. Accuracies are over the images that could be read.
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """The figures of one run, whatever it certifies. Accuracies are over the readable images.
 
     Attributes:
         count: images with a result.
         corrupt: images that could not be read; in no accuracy.
         vanilla_accuracy: the undefended model is right on the clean image.
-        clean_accuracy: the defense is right on the clean image.
-        certified_accuracy: the defense is right whatever a patch shows, wherever it is.
-        paper_accuracy: the criterion of the defense's paper is met.
+        clean_accuracy: the defense is right on the clean image; an alert is not.
         cases: how many images each exit of the inference algorithm decided.
         forwards_per_image: mean number of model forward passes.
-        forwards_per_certified_image: the same over certified images; None where there are none.
         images_per_second: count / seconds.
         seconds: wall time of certification, all sessions of the run together.
         batch_size: images per model forward pass; None where the defense chose it.
@@ -60,11 +60,8 @@ class Summary:
     corrupt: int
     vanilla_accuracy: Proportion
     clean_accuracy: Proportion
-    certified_accuracy: Proportion
-    paper_accuracy: Proportion
     cases: dict[str, int]
     forwards_per_image: float
-    forwards_per_certified_image: float | None
     images_per_second: float
     seconds: float
     batch_size: int | None
@@ -74,15 +71,52 @@ class Summary:
         return asdict(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Summary(RunSummary):
+    """The figures of a run that certifies recovery.
+
+    Attributes:
+        certified_accuracy: the defense is right whatever a patch shows, wherever it is.
+        paper_accuracy: the criterion of the defense's paper is met.
+        forwards_per_certified_image: mean number of model forward passes of certified images; None
+            where there are none.
+    """
+
+    certified_accuracy: Proportion
+    paper_accuracy: Proportion
+    forwards_per_certified_image: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionSummary(RunSummary):
+    """The figures of a run that certifies detection.
+
+    Attributes:
+        certified_detection_accuracy: the clean image gets the right label and no alert, and
+            whatever a patch shows, wherever it is, the image keeps the label or is alerted.
+        alert_rate: clean images that are alerted, which is false.
+    """
+
+    certified_detection_accuracy: Proportion
+    alert_rate: Proportion
+
+
+AnySummary = Summary | DetectionSummary
+
+
 def summarize(
-    examples: pd.DataFrame, timing: pd.DataFrame, batch_size: int | None = None
-) -> Summary:
+    examples: pd.DataFrame,
+    timing: pd.DataFrame,
+    batch_size: int | None = None,
+    kind: Kind = "recovery",
+) -> AnySummary:
     """Return the figures of a run from its tables.
 
     Args:
         examples: one row an image, as in ``examples-*.parquet``.
         timing: one row an image, as in ``timing-*.parquet``.
         batch_size: what the run used.
+        kind: what the run's certificates promise.
 
     Raises:
         RunError: no image could be read.
@@ -92,27 +126,68 @@ def summarize(
     if read.empty:
         raise RunError(f"expected images that can be read, got none ({corrupt} corrupt)")
     cost = timing.set_index("index")
-    right = read["prediction"] == read["label"]
-    forwards = cost.loc[read["index"], "forwards"]
-    certified_forwards = cost.loc[read.loc[read["certified"], "index"], "forwards"]
     seconds = float(timing["seconds"].sum())
 
     def proportion(hits: pd.Series[bool]) -> Proportion:
         return Proportion.of(int(hits.sum()), len(read))
 
+    shared: dict[str, Any] = {
+        "count": len(read),
+        "corrupt": corrupt,
+        "vanilla_accuracy": proportion(read["vanilla"] == read["label"]),
+        "clean_accuracy": proportion(read["prediction"] == read["label"]),
+        "cases": {str(case): int(count) for case, count in read["case"].value_counts().items()},
+        "forwards_per_image": float(cost.loc[read["index"], "forwards"].mean()),
+        "images_per_second": len(read) / seconds if seconds else 0.0,
+        "seconds": seconds,
+        "batch_size": batch_size,
+    }
+    if kind == "detection":
+        return DetectionSummary(
+            **shared,
+            certified_detection_accuracy=proportion(read["certified_detection"]),
+            alert_rate=proportion(read["prediction"] == ALERT),
+        )
+    certified_forwards = cost.loc[read.loc[read["certified"], "index"], "forwards"]
     return Summary(
-        count=len(read),
-        corrupt=corrupt,
-        vanilla_accuracy=proportion(read["vanilla"] == read["label"]),
-        clean_accuracy=proportion(right),
+        **shared,
         certified_accuracy=proportion(read["certified"]),
         paper_accuracy=proportion(read["paper_condition"]),
-        cases={str(case): int(count) for case, count in read["case"].value_counts().items()},
-        forwards_per_image=float(forwards.mean()),
         forwards_per_certified_image=(
             None if certified_forwards.empty else float(certified_forwards.mean())
         ),
-        images_per_second=len(read) / seconds if seconds else 0.0,
-        seconds=seconds,
-        batch_size=batch_size,
+    )
+
+
+def trade_off_table(examples: pd.DataFrame, taus: Sequence[float] | None = None) -> pd.DataFrame:
+    """Return what each tau costs and gives, from the examples of one run that certifies detection.
+
+    Args:
+        examples: one row an image, as in ``examples-*.parquet``; the run's own tau is of no matter.
+        taus: confidences in [0, 1]; by default every one at which a figure changes, and 0 and 1.
+
+    Returns:
+        One row a tau, in their order: tau, clean_accuracy, certified_detection_accuracy and
+        alert_rate, each a share of the readable images.
+    """
+    read = examples[examples["status"] == "ok"]
+    label, unmasked, alert, above, certified = (
+        torch.from_numpy(read[name].to_numpy(copy=True))
+        for name in (
+            "label",
+            "unmasked",
+            "alert_threshold",
+            "certified_above",
+            "certified_threshold",
+        )
+    )
+    given = None if taus is None else torch.tensor(list(taus), dtype=torch.float64)
+    counted = Thresholds(unmasked, alert, above, certified).trade_off(label, given)
+    return pd.DataFrame(
+        {
+            "tau": counted.tau.numpy(),
+            "clean_accuracy": counted.clean.numpy() / counted.count,
+            "certified_detection_accuracy": counted.certified_detection.numpy() / counted.count,
+            "alert_rate": counted.alert.numpy() / counted.count,
+        }
     )

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchproof.models.huggingface import build_transformers
+from patchproof.models.onnx import build_onnx
 from patchproof.models.preprocessed import Preprocessed
+from patchproof.models.resmlp import PUBLISHED, resized_resmlp
 from patchproof.models.small import SmallResNet, TinyResNet
 from patchproof.results import PatchproofError, RunError
 
@@ -24,7 +27,10 @@ _READ_FILES = {
     "pretrained_cfg_overlay",
 }
 """Options by which timm would read weights from elsewhere."""
-_NAMES = f"{', '.join(_OWN)}, timm:NAME, torchvision:NAME or python:package.module:factory"
+_NAMES = (
+    f"{', '.join(_OWN)}, timm:NAME, torchvision:NAME, hf:NAME, onnx:FILE or "
+    "python:package.module:factory"
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class ModelSpec:
     """What a classifier is built from, apart from its weights.
 
     Attributes:
-        name: ``small-resnet``, ``tiny-resnet``, ``timm:NAME``, ``torchvision:NAME`` or
+        name: ``small-resnet``, ``tiny-resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``
+            (a repository of the Hugging Face hub, or a folder), ``onnx:FILE`` or
             ``python:package.module:factory``.
         classes: number of classes.
         channels: channels of the images.
@@ -70,12 +77,12 @@ def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
 
     Args:
         spec: which network.
-        pretrained: load the weights published with a ``timm:`` or ``torchvision:`` model.
+        pretrained: load the weights published with a ``timm:``, ``torchvision:`` or ``hf:`` model.
 
     Raises:
         PatchproofError: no such model (the message names close matches), options that it does not
             take, or published weights of a network that has none.
-        RunError: the published weights cannot be fetched.
+        RunError: the published weights cannot be fetched, or the files of the model not read.
     """
     source, _, name = spec.name.partition(":")
     try:
@@ -83,8 +90,12 @@ def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
             model = _timm(name, spec, pretrained)
         elif source == "torchvision":
             model = _torchvision(name, spec, pretrained)
+        elif source == "hf":
+            model = build_transformers(name, spec, pretrained)
         elif pretrained:
-            raise PatchproofError(f"expected a timm: or torchvision: model, got {spec.name!r}")
+            raise PatchproofError(f"expected a timm:, torchvision: or hf: model, got {spec.name!r}")
+        elif source == "onnx":
+            model = build_onnx(name, spec)
         elif source == "python":
             model = _python(name, spec)
         elif spec.name in _OWN:
@@ -118,16 +129,21 @@ def _timm(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:
         raise PatchproofError(f"expected options of the network, got {', '.join(sorted(reading))}")
     if not timm.is_model(name):
         raise _unknown(name, timm.list_models(), "a timm model")
-    model = timm.create_model(
-        name,
-        pretrained=pretrained,
-        num_classes=spec.classes,
-        in_chans=spec.channels,
-        **spec.options,
-    )
+    if name in PUBLISHED and spec.options and not pretrained:
+        model = resized_resmlp(name, spec.classes, spec.channels, spec.options)
+    else:
+        model = timm.create_model(
+            name,
+            pretrained=pretrained,
+            num_classes=spec.classes,
+            in_chans=spec.channels,
+            **spec.options,
+        )
     data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]  # timm has no types
     mean, std = (data[key][: spec.channels] for key in ("mean", "std"))
-    return Preprocessed(model, mean, std, tuple(data["input_size"][1:]))
+    size = spec.options.get("img_size", data["input_size"][1:])
+    height, width = (size, size) if isinstance(size, int) else size
+    return Preprocessed(model, mean, std, (height, width))
 
 
 def _torchvision(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:

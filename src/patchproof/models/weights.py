@@ -8,6 +8,7 @@ import os
 import pickle
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ def save_classifier(
     Args:
         path: where; an existing file is replaced whole.
         model: a model that ``build_model(spec)`` built.
-        spec: what to build it from again.
+        spec: what to build it from again. Of ``hf:`` and ``onnx:`` models the file gets all that
+            this needs: the configuration of the network, or the ONNX graph.
         made: how it was made, as JSON values.
 
     Raises:
@@ -73,6 +75,8 @@ def save_classifier(
     """
     from safetensors.torch import save
 
+    if isinstance(model, Preprocessed) and not spec.name.startswith("python:"):
+        spec = replace(spec, options={**spec.options, **model.embedded_options()})
     card = {
         "format": FORMAT,
         "model": spec.to_dict(),

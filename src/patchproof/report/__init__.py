@@ -8,6 +8,7 @@ from patchproof.report.plots import (
     accuracy_figure,
     budget_figure,
     heat,
+    trade_off_figure,
 )
 from patchproof.report.published import comparable, load_published
 
@@ -20,5 +21,6 @@ __all__ = [
     "comparable",
     "heat",
     "load_published",
+    "trade_off_figure",
     "write_report",
 ]

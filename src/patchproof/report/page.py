@@ -14,14 +14,14 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from patchproof.evaluation.store import read_result
-from patchproof.evaluation.summary import Proportion
+from patchproof.evaluation.store import CERTIFIED, read_result
+from patchproof.evaluation.summary import Proportion, trade_off_table
 from patchproof.models.weights import write_atomically
 from patchproof.report import plots
 from patchproof.report.published import SOURCE_NOTES, comparable, load_published
 from patchproof.report.runs import MEASURES, Run
-from patchproof.results import PatchproofError
-from patchproof.threat import Box
+from patchproof.results import Kind, PatchproofError
+from patchproof.threat.masks import Mask
 
 _ENLARGED_UP_TO = 64
 """Images of at most so many pixels a side are shown with hard pixel edges."""
@@ -65,20 +65,32 @@ def render(runs: Sequence[Run]) -> str:
     environment.filters["percent"] = _percent
     published = load_published()
     labels = _labels(runs)
+    entries = [
+        {
+            "number": number,
+            "label": label,
+            "run": run,
+            "accuracies": run.accuracies(),
+            "published": _published(run, published),
+            "examples": _examples(run),
+            "masks": _mask_drawing(run),
+        }
+        for number, (label, run) in enumerate(zip(labels, runs, strict=True), 1)
+    ]
+    promises = [
+        {
+            "kind": kind,
+            "measures": measures,
+            "runs": [entry for entry, run in zip(entries, runs, strict=True) if run.kind == kind],
+            "figures": _accuracy_pictures(runs, labels, kind),
+        }
+        for kind, measures in MEASURES.items()
+    ]
     return environment.get_template("page.html.jinja").render(
-        runs=[
-            {
-                "label": label,
-                "run": run,
-                "accuracies": run.accuracies(),
-                "published": _published(run, published),
-                "examples": _examples(run),
-                "masks": _mask_drawing(run),
-            }
-            for label, run in zip(labels, runs, strict=True)
-        ],
+        runs=entries,
+        promises=[promise for promise in promises if promise["runs"]],
         measures=MEASURES,
-        figures=[_accuracy_picture(runs, labels), *_budget_pictures(runs)],
+        figures=[*_budget_pictures(runs), *_trade_off_pictures(runs, labels)],
         scale=plots.heat_scale(),
         enlarged_up_to=_ENLARGED_UP_TO,
     )
@@ -93,25 +105,36 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-def _accuracy_picture(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, str]:
+def _accuracy_pictures(
+    runs: Sequence[Run], labels: Sequence[str], kind: Kind
+) -> list[dict[str, str]]:
+    """Draw the accuracies of the runs of one kind, if there are any."""
     table = pd.DataFrame(
         {"run": label, "measure": measure, **_interval(accuracy)}
         for label, run in zip(labels, runs, strict=True)
+        if run.kind == kind
         for measure, accuracy in run.accuracies().items()
     )
-    return _picture(
-        partial(plots.accuracy_figure, table),
-        "Accuracies of each run with 95% intervals, in percent: the figures of the table above.",
-        "Accuracies with 95% Wilson intervals. The hollow squares show what the paper's criterion "
-        "states.",
-    )
+    if table.empty:
+        return []
+    caption = "Accuracies with 95% Wilson intervals."
+    if kind == "recovery":
+        caption += " The hollow squares show what the paper's criterion states."
+    return [
+        _picture(
+            partial(plots.accuracy_figure, table),
+            "Accuracies of each run with 95% intervals, in percent: the figures of the table "
+            "above.",
+            caption,
+        )
+    ]
 
 
 def _budget_pictures(runs: Sequence[Run]) -> list[dict[str, str]]:
     """Draw certified accuracy over the budget for runs that differ only in budget and patch."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
-        if run.budget is not None:
+        if run.kind == "recovery" and run.budget is not None:
             groups.setdefault(run.but_for_budget_and_patch(), []).append(run)
     pictures = []
     for group in groups.values():
@@ -121,13 +144,12 @@ def _budget_pictures(runs: Sequence[Run]) -> list[dict[str, str]]:
             {
                 "patch": run.patch,
                 "budget": run.budget,
-                **_interval(run.accuracies()["certified"]),
+                **_interval(run.certified_share()),
             }
             for run in group
         )
         points = ", ".join(
-            f"{run.patch} at {run.budget}: {_percent(run.accuracies()['certified'].value)}"
-            for run in group
+            f"{run.patch} at {run.budget}: {_percent(run.certified_share().value)}" for run in group
         )
         first = group[0]
         pictures.append(
@@ -136,6 +158,57 @@ def _budget_pictures(runs: Sequence[Run]) -> list[dict[str, str]]:
                 f"Certified accuracy over masks per side. {points}.",
                 f"Certified accuracy over the budget of {first.defense['type']} on "
                 f"{first.dataset['name']}, with 95% Wilson intervals; the same model and images.",
+            )
+        )
+    return pictures
+
+
+def _trade_off_pictures(runs: Sequence[Run], labels: Sequence[str]) -> list[dict[str, str]]:
+    """Draw certified detection over clean accuracy, a figure for each model, threat and images.
+
+    Runs that differ only in tau lie on one curve. Runs of recovery on the same are drawn beside it,
+    as in PatchCleanser, Figure 9.
+    """
+    groups: dict[str, list[tuple[Run, str]]] = {}
+    for run, label in zip(runs, labels, strict=True):
+        groups.setdefault(run.but_for_defense(), []).append((run, label))
+    pictures = []
+    for group in groups.values():
+        detecting = [run for run, _ in group if run.kind == "detection"]
+        if not detecting:
+            continue
+        curves = {run.but_for_tau(): run for run in reversed(detecting)}
+        tables = [
+            trade_off_table(run.result.examples).assign(curve=place)
+            for place, run in enumerate(curves.values())
+        ]
+        points = pd.DataFrame(
+            {
+                "run": run.system,
+                "kind": run.kind,
+                "clean": run.accuracies()["clean"].value,
+                "certified": run.certified_share().value,
+            }
+            for run, _ in group
+        )
+        words = ", ".join(
+            f"{run.system}: clean {_percent(run.accuracies()['clean'].value)}, "
+            f"certified {run.kind} {_percent(run.certified_share().value)}"
+            for run, _ in group
+        )
+        first = detecting[0]
+        pictures.append(
+            _picture(
+                partial(plots.trade_off_figure, pd.concat(tables), points),
+                f"Certified detection accuracy over clean accuracy. {words}.",
+                f"Certified detection accuracy over clean accuracy on {first.dataset['name']}, "
+                f"{first.patch}, at every tau from 0 to 1: the curves are all that other values of "
+                "tau give on the same images."
+                + (
+                    " Recovery, hollow, is the stronger promise: no alerts."
+                    if len(detecting) < len(group)
+                    else ""
+                ),
             )
         )
     return pictures
@@ -199,7 +272,7 @@ def _examples(run: Run) -> list[dict[str, Any]]:
                 "prediction": run.class_name(prediction),
                 "right": prediction == label,
                 "case": row["case"],
-                "certified": bool(row["certified"]),
+                "certified": bool(row[CERTIFIED[run.kind]]),
                 "image": plots.data_uri(plots.png(_rgb(image))),
                 "heat": plots.data_uri(plots.png(plots.heat(vulnerability))),
                 "worst": float(vulnerability.max()),
@@ -214,15 +287,19 @@ def _mask_drawing(run: Run) -> dict[str, Any] | None:
         return None
     height, width = run.image_size
 
-    def off_centre(box: Box) -> float:
-        return math.hypot(box.top + (box.height - height) / 2, box.left + (box.width - width) / 2)
+    def off_centre(mask: Mask) -> float:
+        return max(
+            math.hypot(box.top + (box.height - height) / 2, box.left + (box.width - width) / 2)
+            for box in mask
+        )
 
+    boxes = sorted({box for mask in run.masks for box in mask})
     grey = round(255 * float(run.defense.get("fill", 0.5)))
     return {
         "first": run.masks[0],
         "middle": min(run.masks, key=off_centre),
         "outlines": "".join(
-            f"M{box.left} {box.top}h{box.width}v{box.height}h-{box.width}z" for box in run.masks
+            f"M{box.left} {box.top}h{box.width}v{box.height}h-{box.width}z" for box in boxes
         ),
         "fill": f"rgb({grey} {grey} {grey})",
     }

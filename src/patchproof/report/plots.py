@@ -48,7 +48,9 @@ ON_DARK = Ink(
 )
 
 _LABEL_WIDTH = 60
-_MARKERS = ("o", "s", "^", "D", "v")
+MARKERS = ("o", "s", "^", "D", "v")
+_SHOWN_TAUS = (0.5, 0.7, 0.9, 0.99)
+"""Confidences that are marked on a curve over tau."""
 
 
 def accuracy_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
@@ -64,7 +66,7 @@ def accuracy_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
     labels = [textwrap.fill(run, _LABEL_WIDTH) for run in runs]
     label_lines = 1 + max((label.count("\n") for label in labels), default=0)
     lines = len(measures) + label_lines + 0.4
-    with _style(ink):
+    with style(ink):
         figure = Figure(figsize=(5.0, 0.9 + 0.24 * lines * len(runs)), layout="constrained")
         axes = figure.subplots()
         for place, measure in enumerate(measures):
@@ -75,8 +77,8 @@ def accuracy_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
             axes.errorbar(
                 rows["value"],
                 heights,
-                xerr=_bars(rows),
-                fmt=_MARKERS[place % len(_MARKERS)],
+                xerr=interval_bars(rows),
+                fmt=MARKERS[place % len(MARKERS)],
                 color=color,
                 markerfacecolor="none" if measure.startswith("paper") else color,
                 markersize=6,
@@ -130,7 +132,7 @@ def budget_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
             [0, 1]; NaN is left out).
         ink: colours.
     """
-    with _style(ink):
+    with style(ink):
         figure = Figure(figsize=(5.0, 3.2), layout="constrained")
         axes = figure.subplots()
         for place, patch in enumerate(dict.fromkeys(table["patch"])):
@@ -138,8 +140,8 @@ def budget_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
             axes.errorbar(
                 rows["budget"],
                 rows["value"],
-                yerr=_bars(rows),
-                marker=_MARKERS[place % len(_MARKERS)],
+                yerr=interval_bars(rows),
+                marker=MARKERS[place % len(MARKERS)],
                 color=ink.series[place % len(ink.series)],
                 capsize=3,
                 linewidth=1.6,
@@ -152,6 +154,66 @@ def budget_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
         axes.set_ylabel("certified accuracy")
         axes.grid(axis="y")
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def trade_off_figure(table: pd.DataFrame, points: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
+    """Draw certified detection accuracy over clean accuracy as tau varies, and single runs.
+
+    Args:
+        table: the curves, in order of tau: curve (which), tau, clean_accuracy and
+            certified_detection_accuracy (in [0, 1]).
+        points: one row a run: run (its label), kind, clean and certified (in [0, 1]). Runs of
+            another kind than detection are drawn hollow.
+        ink: colours.
+    """
+    with style(ink):
+        figure = Figure(figsize=(5.0, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for place, (_, rows) in enumerate(table.groupby("curve", sort=True)):
+            color = ink.series[place % len(ink.series)]
+            axes.plot(
+                rows["clean_accuracy"],
+                rows["certified_detection_accuracy"],
+                color=color,
+                linewidth=1.6,
+            )
+            for tau in _SHOWN_TAUS:
+                row = rows.iloc[int(np.searchsorted(rows["tau"], tau))]
+                spot = (row["clean_accuracy"], row["certified_detection_accuracy"])
+                axes.plot(*spot, ".", color=color)
+                axes.annotate(
+                    f"tau {tau:g}",
+                    spot,
+                    xytext=(-5, -3),
+                    textcoords="offset points",
+                    ha="right",
+                    va="top",
+                    fontsize=8,
+                    color=color,
+                )
+        for place, point in enumerate(points.to_dict("records")):
+            detects = point["kind"] == "detection"
+            axes.plot(
+                point["clean"],
+                point["certified"],
+                MARKERS[place % len(MARKERS)],
+                markersize=8,
+                markeredgecolor=ink.text,
+                markerfacecolor=ink.text if detects else "none",
+                label=f"{point['run']}: certified {point['kind']}",
+                linestyle="none",
+            )
+        axes.margins(0.1)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel("clean accuracy: right, and no alert")
+        others = [kind for kind in dict.fromkeys(points["kind"]) if kind != "detection"]
+        axes.set_ylabel(
+            "\n".join(["certified detection accuracy", *(f"hollow: certified {k}" for k in others)])
+        )
+        axes.grid()
+        figure.legend(loc="outside upper center", frameon=False)
     return figure
 
 
@@ -186,14 +248,14 @@ def data_uri(png_file: bytes) -> str:
     return "data:image/png;base64," + b64encode(png_file).decode("ascii")
 
 
-def _bars(rows: pd.DataFrame) -> NDArray[Any]:
+def interval_bars(rows: pd.DataFrame) -> NDArray[Any]:
     """Return the interval's distances below and above the values, (2, rows)."""
     below, above = rows["value"] - rows["low"], rows["high"] - rows["value"]
     return np.asarray([below, above], dtype=np.float64).clip(min=0.0)
 
 
 @contextmanager
-def _style(ink: Ink) -> Iterator[None]:
+def style(ink: Ink) -> Iterator[None]:
     """Set text sizes and colours for the figures made inside."""
     with mpl.rc_context(
         {

@@ -11,17 +11,29 @@ from functools import cached_property
 from typing import Any
 
 from patchproof.evaluation.store import Result
-from patchproof.evaluation.summary import Proportion
-from patchproof.results import PatchproofError
-from patchproof.threat import Box, Threat, threat_from_dict
+from patchproof.evaluation.summary import DetectionSummary, Proportion, Summary
+from patchproof.results import ALERT, Kind, PatchproofError
+from patchproof.threat import Threat, threat_from_dict
+from patchproof.threat.masks import Mask, unlisted_masks
 
-MEASURES = {
-    "certified": "The defense is right, and provably stays right whatever the patch shows.",
-    "paper condition": "What the paper's criterion states; for comparison with published figures.",
-    "clean": "The defense is right on the clean image.",
-    "vanilla": "The undefended model is right on the clean image.",
+MEASURES: dict[Kind, dict[str, str]] = {
+    "recovery": {
+        "certified": "The defense is right, and provably stays right whatever the patch shows.",
+        "paper condition": "What the paper's criterion states; for comparison with published "
+        "figures.",
+        "clean": "The defense is right on the clean image.",
+        "vanilla": "The undefended model is right on the clean image.",
+    },
+    "detection": {
+        "certified detection": "The defense is right on the clean image without an alert, and "
+        "provably stays right or alerts whatever the patch shows.",
+        "clean": "The defense is right on the clean image, without an alert.",
+        "alert": "The defense alerts on the clean image, which is false.",
+        "vanilla": "The undefended model is right on the clean image.",
+    },
 }
-"""The measures of a run in the order of its tables, with what they say."""
+"""The measures of a run of each kind in the order of its tables, certificates first, with what they
+say."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,11 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the verdicts."""
         return dict(self.result.manifest["identity"])
+
+    @property
+    def kind(self) -> Kind:
+        """What the certificates promise."""
+        return self.result.kind
 
     @property
     def about(self) -> dict[str, Any]:
@@ -86,9 +103,9 @@ class Run:
         return _times(self.image_size)
 
     @property
-    def masks(self) -> list[Box]:
-        """The masks; none for defenses without."""
-        return [Box(*box) for box in self.defense.get("masks", [])]
+    def masks(self) -> tuple[Mask, ...]:
+        """The masks, each a union of boxes; none for defenses without."""
+        return unlisted_masks(self.defense.get("masks", []))
 
     @property
     def budget(self) -> int | None:
@@ -99,13 +116,7 @@ class Run:
     @property
     def patch_in_short(self) -> str:
         """The patch without its space: ``"5x5 square"``."""
-        height, width = self.threat.extent()
-        place = self.identity["threat"].get("locations", "anywhere")
-        where = {"anywhere": "", "corners": " in a corner"}
-        shape = "square" if height == width else "rectangle"
-        return f"{height}x{width} {shape}" + (
-            where[place] if isinstance(place, str) else " in a box"
-        )
+        return self.threat.label()
 
     @property
     def patch(self) -> str:
@@ -122,6 +133,10 @@ class Run:
             parts.append(f"k={_once(sides)}")
         if (several := _pair(self.defense.get("multiplicity"))) and max(several) > 1:
             parts.append(f"multiplicity {_once(several)}")
+        if self.defense.get("layout") == "balanced":
+            parts.append("balanced")
+        if "tau" in self.defense:
+            parts.append(f"tau {self.defense['tau']:g}")
         return ", ".join(parts)
 
     @property
@@ -141,8 +156,15 @@ class Run:
         return self.expected - len(self.result.examples)
 
     def accuracies(self) -> dict[str, Proportion]:
-        """Return the accuracy of each of ``MEASURES``."""
+        """Return the share of the images of each of ``MEASURES``."""
         summary = self.result.summary
+        if isinstance(summary, DetectionSummary):
+            return {
+                "certified detection": summary.certified_detection_accuracy,
+                "clean": summary.clean_accuracy,
+                "alert": summary.alert_rate,
+                "vanilla": summary.vanilla_accuracy,
+            }
         return {
             "certified": summary.certified_accuracy,
             "paper condition": summary.paper_accuracy,
@@ -150,14 +172,19 @@ class Run:
             "vanilla": summary.vanilla_accuracy,
         }
 
+    def certified_share(self) -> Proportion:
+        """Return the share of the images with a certificate of the run's kind."""
+        return next(iter(self.accuracies().values()))
+
     def threat_words(self) -> str:
         """Say what the attacker may do, with the pixels and what they are pixels of."""
         places = len(self.threat.regions(self.image_size))
-        height, width = self.threat.extent()
-        share = height * width / math.prod(self.image_size)
+        area = max(shape.area for shape in self.threat.shapes(self.image_size))
+        share = area / math.prod(self.image_size)
         words = self.threat.describe()
+        each = "each patch" if self.threat.patches > 1 else "the patch"
         return (
-            f"{words[0].upper()}{words[1:]}. The image has {self.space} pixels: the patch hides "
+            f"{words[0].upper()}{words[1:]}. The image has {self.space} pixels: {each} hides up to "
             f"{share:.2%} of them and has {places:,} possible place{'' if places == 1 else 's'}."
         )
 
@@ -176,7 +203,9 @@ class Run:
                 + (f". {note}" if note else ""),
             )
         )
-        certified = summary.forwards_per_certified_image
+        certified = None
+        if isinstance(summary, Summary):
+            certified = summary.forwards_per_certified_image
         facts.append(
             (
                 "Cost",
@@ -234,9 +263,21 @@ class Run:
         return json.dumps(card, indent=2, ensure_ascii=False) if card else ""
 
     def class_name(self, label: int) -> str:
-        """Return the name of a class."""
+        """Return the name of a class, or that it is an alert."""
+        if label == ALERT:
+            return "alert"
         names: Sequence[Any] = self.about.get("class_names") or []
         return str(names[label]) if 0 <= label < len(names) else f"class {label}"
+
+    def but_for_defense(self) -> str:
+        """Return what is equal in runs of other defenses on the same model, threat and images."""
+        shared = ("threat", "image_size", "model", "dataset")
+        return json.dumps({name: self.identity[name] for name in shared}, sort_keys=True)
+
+    def but_for_tau(self) -> str:
+        """Return what is equal in runs that differ only in the confidence for an alert."""
+        defense = {name: value for name, value in self.defense.items() if name != "tau"}
+        return json.dumps(self.identity | {"defense": defense}, sort_keys=True)
 
     def but_for_budget_and_patch(self) -> str:
         """Return what is equal in runs that differ only in the budget or the patch."""
@@ -252,6 +293,11 @@ class Run:
         parts = [str(self.defense["type"])]
         if "inference" in self.defense:
             parts.append(inference.get(self.defense["inference"], str(self.defense["inference"])))
+        if "tau" in self.defense:
+            parts.append(
+                "an alert where a masked image gets another label than the unmasked one, with a "
+                f"confidence of at least {self.defense['tau']:g}"
+            )
         if "fill" in self.defense:
             parts.append(f"masked pixels take the value {self.defense['fill']:g} of [0, 1]")
         if "tolerance" in self.defense:
@@ -261,11 +307,20 @@ class Run:
         return "; ".join(parts)
 
     def _mask_words(self) -> str:
-        heights, widths = zip(*((box.height, box.width) for box in self.masks), strict=True)
-        sizes = [_times((min(heights), min(widths))), _times((max(heights), max(widths)))]
-        words = f"{len(self.masks)} masks of {' to '.join(dict.fromkeys(sizes))} pixels"
+        boxes = [box for mask in self.masks for box in mask]
+        sizes = [
+            _times((end(box.height for box in boxes), end(box.width for box in boxes)))
+            for end in (min, max)
+        ]
+        unions = any(len(mask) > 1 for mask in self.masks)
+        words = f"{len(self.masks)} masks" + (", unions of boxes" if unions else "")
+        words += f" of {' to '.join(dict.fromkeys(sizes))} pixels"
         if sides := _pair(self.defense.get("masks_per_side")):
             words += f"; budget {_once(sides)} per side"
+        if self.defense.get("layout") == "balanced":
+            words += ", balanced"
+        if shapes := self.defense.get("shapes"):
+            words += f"; {shapes} covering shapes"
         if several := _pair(self.defense.get("multiplicity")):
             times = math.prod(several)
             words += (

@@ -1,15 +1,31 @@
 """What the attacker may do: patch shapes, their regions, and mask sets that cover them."""
 
 from patchproof.threat.masks import MaskSet
-from patchproof.threat.patches import RectanglePatch, SquarePatch, Threat, threat_from_dict
-from patchproof.threat.regions import Box, Regions
+from patchproof.threat.patches import (
+    AnyRectangle,
+    MultiplePatches,
+    RectanglePatch,
+    RectanglePatches,
+    SquarePatch,
+    StencilPatch,
+    Threat,
+    threat_from_dict,
+)
+from patchproof.threat.regions import Box, PixelSets, Regions
+from patchproof.threat.shapes import Shape
 
 __all__ = [
+    "AnyRectangle",
     "Box",
     "MaskSet",
+    "MultiplePatches",
+    "PixelSets",
     "RectanglePatch",
+    "RectanglePatches",
     "Regions",
+    "Shape",
     "SquarePatch",
+    "StencilPatch",
     "Threat",
     "threat_from_dict",
 ]

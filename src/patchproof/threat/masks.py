@@ -1,46 +1,64 @@
-"""Mask sets that cover every patch region (PatchCleanser, Section 3.4)."""
+"""Mask sets that cover every patch region (PatchCleanser, Sections 3.4 and 5.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import combinations
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from patchproof.results import PatchproofError
-from patchproof.threat.patches import Threat
-from patchproof.threat.regions import Box, ImageSize, check_image_size
+from patchproof.results import PatchproofError, distinct_rows
+from patchproof.threat.covering import least_staircase
+from patchproof.threat.patches import AnyRectangle, MultiplePatches, Threat
+from patchproof.threat.regions import Box, ImageSize, PixelSets, check_image_size
+from patchproof.threat.shapes import Shape
+
+Layout = Literal["paper", "balanced"]
+Mask = tuple[Box, ...]
+"""The union of boxes of pixels."""
+
+DEFAULT_SHAPES = 6
+"""Covering rectangles for ``AnyRectangle``, as many as in the paper."""
+
+_MOST_ENTRIES = 2**29
+"""Masks times pairs of masks that fit into memory."""
 
 
 @dataclass(frozen=True)
 class MaskSet:
-    """Masks (half-open boxes of pixels), verified to be R-covering when built.
+    """Masks, verified to be R-covering when built.
 
     R-covering (PatchCleanser, Definition 1): every patch region lies entirely inside at least one
-    mask. That is checked by enumerating the regions of the threat, pixel by pixel.
+    mask; of several patches, every combination of their regions. That is checked by enumerating
+    the regions of the threat, pixel by pixel.
 
     Attributes:
         image_size: (H, W) in pixels.
-        boxes: the M distinct masks, in the order that the inference algorithms use.
+        masks: the M distinct masks, in the order that the inference algorithms use; each is a
+            union of half-open boxes. A single box may be given as it is.
         threat: what the masks cover.
 
     Raises:
-        PatchproofError: no masks, a mask outside the image or listed twice, or a region that no
-            mask covers.
+        PatchproofError: no masks, a mask outside the image or listed twice, more masks than fit
+            into memory in pairs, or a region that no mask covers.
     """
 
     image_size: ImageSize
-    boxes: tuple[Box, ...]
+    masks: tuple[Mask, ...]
     threat: Threat
 
     def __post_init__(self) -> None:
         height, width = check_image_size(self.image_size)
-        object.__setattr__(self, "boxes", tuple(Box(*box) for box in self.boxes))
-        if not self.boxes:
+        masks = unlisted_masks(self.masks)
+        object.__setattr__(self, "masks", masks)
+        if not masks:
             raise PatchproofError("mask set: expected at least one mask, got none")
-        for box in self.boxes:
+        check_pairs(len(masks))
+        for box in {box for mask in masks for box in mask}:
             if (
                 min(box.top, box.left) < 0
                 or min(box.height, box.width) < 1
@@ -50,35 +68,38 @@ class MaskSet:
                 raise PatchproofError(
                     f"mask set: expected boxes inside the {height}x{width} image, got {box}"
                 )
-        if len(set(self.boxes)) < len(self.boxes):
+        hidden = self.hidden()
+        if len(distinct_rows(hidden.cells.flatten(1))[0]) < len(masks):
             raise PatchproofError("mask set: expected distinct masks, got one more than once")
-        uncovered = (self.multiplicity() == 0).nonzero()
-        if len(uncovered):
-            region = self.threat.regions(self.image_size).box(int(uncovered[0]))
-            raise PatchproofError(
-                f"mask set: expected masks that cover every patch region, "
-                f"got none that covers {region}"
-            )
+        self._check_covering(hidden)
 
     def __len__(self) -> int:
-        return len(self.boxes)
+        return len(self.masks)
 
     def masked(self) -> Tensor:
         """Return the pixels that each mask hides, (M, H, W) bool."""
         masked = torch.zeros(len(self), *self.image_size, dtype=torch.bool)
-        for mask, box in zip(masked, self.boxes, strict=True):
-            mask[box.top : box.top + box.height, box.left : box.left + box.width] = True
+        for pixels, boxes in zip(masked, self.masks, strict=True):
+            for top, left, height, width in boxes:
+                pixels[top : top + height, left : left + width] = True
         return masked
 
+    def hidden(self) -> PixelSets:
+        """Return the pixels that each mask hides."""
+        return PixelSets.of(self.masked())
+
     def multiplicity(self) -> Tensor:
-        """Return how many masks cover each patch region of the threat, (R,) int64."""
-        return (~self.threat.regions(self.image_size).seen_by(~self.masked())).sum(1)
+        """Return how many masks cover each patch region of the threat, (R,) int64.
+
+        Of several patches, how many cover the worst combination of the region with others.
+        """
+        return self.threat.corruption(self.hidden().complements()).spared()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the mask set as JSON values."""
         return {
             "image_size": list(self.image_size),
-            "boxes": [list(box) for box in self.boxes],
+            "masks": listed_masks(self.masks),
             "threat": self.threat.to_dict(),
         }
 
@@ -89,39 +110,110 @@ class MaskSet:
         image_size: ImageSize,
         masks_per_side: int | tuple[int, int] = 6,
         multiplicity: int | tuple[int, int] = 1,
+        layout: Layout = "paper",
+        shapes: int | None = None,
     ) -> MaskSet:
         """Build the grid of masks for a budget per axis (PatchCleanser, Equations 1 to 3).
 
-        Per axis, with n pixels, a patch of p, a budget of k masks and a multiplicity of c, masks of
-        p + c s - 1 pixels stand at every s-th pixel, s = ceil((n - p + 1) / (k - c + 1)). Every
-        stretch of p pixels then lies inside at least c of them: the positions that cover it fill
-        an interval of c s consecutive integers. For c = 1 these are the paper's masks, the last
-        one moved back to the border. For c > 1 the grid starts c - 1 strides before the image and
-        masks are cut off at the borders, so that border regions have c covering masks as well.
+        Along an axis of n pixels a patch of p has N = n - p + 1 places. A mask serves adjacent
+        places, and hides what the patch hides at any of them. ``"paper"`` gives each mask
+        s = ceil(N / (k - c + 1)) places, or c s for a multiplicity of c; for c = 1 these are the
+        paper's masks, the last one moved back to the border. That can take fewer masks than k, and
+        larger ones than needed; ``"balanced"`` shares the places out as evenly as k masks can. For
+        c > 1 the grid begins before the image and masks are cut off at the borders, so that border
+        regions have c covering masks as well.
+
+        There is one grid for each shape of a patch, and for several patches the masks are the
+        unions of up to as many masks.
 
         Args:
-            threat: its bounding box (``extent``) is what a mask must cover.
+            threat: what the masks must cover.
             image_size: (H, W) in pixels.
             masks_per_side: the budget k, the same for both axes or (rows, columns).
-            multiplicity: the least number c of masks per axis that cover each stretch of p pixels,
+            multiplicity: the least number c of masks per axis that cover each place of the patch,
                 the same for both axes or (rows, columns); at least their product covers a region.
+            layout: ``"paper"`` or ``"balanced"``.
+            shapes: for ``AnyRectangle``, how many rectangles cover it, by default 6: those whose
+                masks hide the least pixels in total. None for other threats.
 
         Raises:
             PatchproofError: a budget below 1 or below the multiplicity, a patch larger than the
-                image, or a multiplicity so high that masks coincide.
+                image, a multiplicity so high that masks coincide, or more masks than fit into
+                memory in pairs.
         """
         size = check_image_size(image_size)
         budgets = per_axis("masks_per_side", masks_per_side)
         multiplicities = per_axis("multiplicity", multiplicity)
-        rows, columns = (
-            _intervals(n, p, k, c)
-            for n, p, k, c in zip(size, threat.extent(), budgets, multiplicities, strict=True)
+        if layout not in get_args(Layout):
+            raise PatchproofError(f"layout: expected {get_args(Layout)}, got {layout!r}")
+
+        def grid(shape: Shape) -> list[Mask]:
+            rows, columns = (
+                _spans(n, p, k, c, layout)
+                for n, p, k, c in zip(
+                    size, (shape.height, shape.width), budgets, multiplicities, strict=True
+                )
+            )
+            return [
+                tuple(box.shifted(top, left) for box in shape.swept(places_down, places_across))
+                for top, places_down in rows
+                for left, places_across in columns
+            ]
+
+        def hidden_pixels(shape: Shape) -> int:
+            return sum(box.height * box.width for mask in grid(shape) for box in mask)
+
+        patch = threat.patch if isinstance(threat, MultiplePatches) else threat
+        if isinstance(patch, AnyRectangle):
+            covering = least_staircase(
+                patch.max_pixels,
+                size,
+                DEFAULT_SHAPES if shapes is None else shapes,
+                hidden_pixels,
+            )
+        elif shapes is not None:
+            raise PatchproofError(
+                f"shapes: expected a number for any rectangle only, got {shapes} for "
+                f"{patch.label()}"
+            )
+        else:
+            covering = patch.shapes(size)
+        masks = _distinct([mask for shape in covering for mask in grid(shape)], size)
+        if threat.patches > 1:
+            total = sum(math.comb(len(masks), count) for count in range(1, threat.patches + 1))
+            check_pairs(total, f"the unions of up to {threat.patches} of {len(masks)} masks")
+            unions = [
+                tuple(sorted({box for mask in chosen for box in mask}))
+                for count in range(1, threat.patches + 1)
+                for chosen in combinations(masks, count)
+            ]
+            masks = _distinct(unions, size)
+        return cls(size, tuple(masks), threat)
+
+    def _check_covering(self, hidden: PixelSets) -> None:
+        corruption = self.threat.corruption(hidden.complements())
+        bare = corruption.patterns.all(1).nonzero()
+        if not len(bare):
+            return
+        places = corruption.places_of(int(bare[0]))
+        regions = self.threat.regions(self.image_size)
+        where = " with ".join(str(regions.box(place)) for place in places)
+        raise PatchproofError(
+            f"mask set: expected masks that cover every patch region, got none that covers {where}"
         )
-        return cls(
-            size,
-            tuple(Box(top, left, h, w) for top, h in rows for left, w in columns),
-            threat,
-        )
+
+
+def listed_masks(masks: Iterable[Mask]) -> list[Any]:
+    """Return masks as JSON values; a single box stands for itself."""
+    return [list(mask[0]) if len(mask) == 1 else [list(box) for box in mask] for mask in masks]
+
+
+def unlisted_masks(values: Iterable[Any]) -> tuple[Mask, ...]:
+    """Return the masks that ``listed_masks`` wrote."""
+    return tuple(
+        tuple(Box(*box) for box in ([mask] if isinstance(mask[0], int) else mask))
+        for mask in values
+    )
 
 
 def per_axis(name: str, value: object) -> tuple[int, int]:
@@ -132,22 +224,55 @@ def per_axis(name: str, value: object) -> tuple[int, int]:
     raise PatchproofError(f"{name}: expected one or two whole numbers >= 1, got {value!r}")
 
 
-def _intervals(n: int, p: int, k: int, c: int) -> list[tuple[int, int]]:
-    """Return the (start, length) of the masks along an axis of ``n`` pixels."""
-    if p > n:
-        raise PatchproofError(f"expected a patch no larger than the image's {n} pixels, got {p}")
+def check_pairs(masks: int, what: str = "the masks") -> None:
+    """Raise unless all pairs of masks fit into memory."""
+    pairs = masks * (masks + 1) // 2
+    if masks * pairs > _MOST_ENTRIES:
+        raise PatchproofError(
+            f"mask set: expected at most {_most_masks():,} masks, got {masks:,} ({what}), which "
+            f"have {pairs:,} pairs: take fewer masks per side, or fewer patches"
+        )
+
+
+def _most_masks() -> int:
+    return int((2 * _MOST_ENTRIES) ** (1 / 3))
+
+
+def _distinct(masks: Sequence[Mask], image_size: ImageSize) -> list[Mask]:
+    """Return the masks, in order, without those that hide the same pixels as an earlier one."""
+    pixels = torch.zeros(len(masks), *image_size, dtype=torch.bool)
+    for mask, boxes in zip(pixels, masks, strict=True):
+        for top, left, height, width in boxes:
+            mask[top : top + height, left : left + width] = True
+    first: dict[int, Mask] = {}
+    which = distinct_rows(PixelSets.of(pixels).cells.flatten(1))[1]
+    for number, mask_boxes in zip(which.tolist(), masks, strict=True):
+        first.setdefault(number, mask_boxes)
+    return list(first.values())
+
+
+def _spans(n: int, p: int, k: int, c: int, layout: Layout) -> list[tuple[int, int]]:
+    """Return the (first place, number of places) of each mask along an axis of ``n`` pixels."""
     if c > k:
         raise PatchproofError(f"multiplicity: expected at most the {k} masks per side, got {c}")
-    stride = -(-(n - p + 1) // (k - c + 1))
-    size = p + c * stride - 1
-    if c == 1:
-        starts: Iterable[int] = (*range(0, n - size, stride), max(0, n - size))
+    places = n - p + 1
+    blocks = k - c + 1
+    stride = -(-places // blocks)
+    if layout == "balanced":
+        blocks = min(blocks, places)
+        edges = [number * places // blocks for number in range(blocks + 1)]
+        ends = [
+            (edges[max(0, first)], edges[min(blocks, first + c)]) for first in range(1 - c, blocks)
+        ]
+    elif c == 1:
+        starts = (*range(0, places - stride, stride), max(0, places - stride))
+        ends = [(start, min(places, start + stride)) for start in starts]
     else:
-        starts = range(-(c - 1) * stride, n - p + 1, stride)
-    clipped = [(max(0, start), min(n, start + size)) for start in starts]
-    if len(set(clipped)) < len(clipped):
+        starts = tuple(range(-(c - 1) * stride, places, stride))
+        ends = [(max(0, start), min(places, start + c * stride)) for start in starts]
+    if len(set(ends)) < len(ends):
         raise PatchproofError(
-            f"multiplicity: expected distinct masks, but {c} of {size} pixels on an axis of {n} "
+            f"multiplicity: expected distinct masks, but {c} masks on an axis of {n} pixels "
             f"coincide: take a smaller multiplicity or a larger budget than {k}"
         )
-    return [(start, end - start) for start, end in clipped]
+    return [(start, end - start) for start, end in ends]

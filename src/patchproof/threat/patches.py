@@ -1,15 +1,20 @@
-"""Threat models: one patch of known shape, with any content, at any allowed place."""
+"""Threat models: patches of known shapes, with any content, at any allowed place."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from patchproof.results import PatchproofError
-from patchproof.threat.regions import Box, ImageSize, Regions, check_image_size
+import torch
+from torch import Tensor
+
+from patchproof.results import Corruption, PatchproofError
+from patchproof.threat.regions import Box, ImageSize, PixelSets, Regions, check_image_size
+from patchproof.threat.shapes import Point, Shape, touched_pixels
 
 Locations = Literal["anywhere", "corners"] | Box
 
@@ -21,19 +26,32 @@ _PUBLISHED_SIDES = {
 
 
 class Threat(ABC):
-    """What the attacker may do: overwrite the pixels of one region with anything in [0, 1]."""
+    """What the attacker may do: overwrite the pixels of some regions with anything in [0, 1]."""
+
+    @property
+    def patches(self) -> int:
+        """How many patches there are; each takes one of ``regions``."""
+        return 1
+
+    @abstractmethod
+    def shapes(self, image_size: ImageSize) -> tuple[Shape, ...]:
+        """List the largest shapes of one patch; every other one is part of one of them.
+
+        Raises:
+            PatchproofError: a patch larger than the image.
+        """
 
     @abstractmethod
     def regions(self, image_size: ImageSize) -> Regions:
-        """List every region that the patch can take on an image of (height, width) pixels.
+        """List every region that one patch can take on an image of (height, width) pixels.
 
         Raises:
             PatchproofError: the patch does not fit in the image or in its allowed locations.
         """
 
     @abstractmethod
-    def extent(self) -> tuple[int, int]:
-        """Return the height and width in pixels of the smallest box that holds the patch."""
+    def label(self) -> str:
+        """Name the threat in a few words for tables, such as ``"5x5 square"``."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -42,6 +60,15 @@ class Threat(ABC):
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Return the threat as JSON values; ``threat_from_dict`` is the inverse."""
+
+    def corruption(self, visible: PixelSets) -> Corruption:
+        """Enumerate which views each patch region corrupts: those that see a pixel of it.
+
+        Args:
+            visible: the pixels of the image that each of V views shows the model.
+        """
+        size = (len(visible.rows), len(visible.columns))
+        return Corruption(*self.regions(size).patterns(visible))
 
 
 @dataclass(frozen=True)
@@ -59,73 +86,45 @@ class RectanglePatch(Threat):
     locations: Locations = "anywhere"
 
     def __post_init__(self) -> None:
-        for name, side in (("height", self.height), ("width", self.width)):
-            if not isinstance(side, int) or isinstance(side, bool) or side < 1:
-                raise PatchproofError(f"patch {name}: expected pixels >= 1, got {side!r}")
-        if isinstance(self.locations, str):
-            if self.locations not in ("anywhere", "corners"):
-                raise PatchproofError(
-                    f"locations: expected 'anywhere', 'corners' or a box, got {self.locations!r}"
-                )
-        else:
-            box = Box(*self.locations)
-            if box.top < 0 or box.left < 0 or box.height < self.height or box.width < self.width:
-                raise PatchproofError(
-                    f"locations: expected a box inside the image that holds a "
-                    f"{self.height}x{self.width} patch, got {box}"
-                )
-            object.__setattr__(self, "locations", box)
+        _check_sides(self.height, self.width)
+        shape = Shape.rectangle(self.height, self.width)
+        object.__setattr__(self, "locations", _check_locations(self.locations, (shape,)))
+
+    def shapes(self, image_size: ImageSize) -> tuple[Shape, ...]:
+        """Return the rectangle."""
+        return (_fitting(Shape.rectangle(self.height, self.width), image_size),)
 
     def regions(self, image_size: ImageSize) -> Regions:
         """List every placement inside the image and the allowed locations."""
-        height, width = check_image_size(image_size)
-        if self.height > height or self.width > width:
-            raise PatchproofError(
-                f"expected a patch no larger than the {height}x{width} image, "
-                f"got {self.height}x{self.width}"
-            )
-        area = self.locations if isinstance(self.locations, Box) else Box(0, 0, height, width)
-        if area.top + area.height > height or area.left + area.width > width:
-            raise PatchproofError(
-                f"locations: expected a box inside the {height}x{width} image, got {area}"
-            )
-        tops = range(area.top, area.top + area.height - self.height + 1)
-        lefts = range(area.left, area.left + area.width - self.width + 1)
-        if self.locations == "corners":
-            tops, lefts = _ends(tops), _ends(lefts)
-        return Regions.of(
-            (height, width),
-            (Box(top, left, self.height, self.width) for top in tops for left in lefts),
-        )
+        return _placements(self.shapes(image_size), image_size, self.locations)
 
     def extent(self) -> tuple[int, int]:
         """Return (height, width)."""
         return self.height, self.width
 
+    def label(self) -> str:
+        """Return such as ``"5x5 square"``."""
+        return f"{self.height}x{self.width} {self._noun}{_place_in_short(self.locations)}"
+
     def describe(self) -> str:
         """Say the shape, its pixels and where it may be."""
-        if self.locations == "anywhere":
-            place = "anywhere on the image"
-        elif self.locations == "corners":
-            place = "in one of the image's corners"
-        else:
-            box = Box(*self.locations)
-            place = (
-                f"within rows {box.top} to {box.top + box.height - 1} "
-                f"and columns {box.left} to {box.left + box.width - 1}"
-            )
-        shape = "square" if self.height == self.width else "rectangle"
-        return f"one {shape} of {self.height}x{self.width} pixels with any content, {place}"
+        return (
+            f"one {self._noun} of {self.height}x{self.width} pixels with any content, "
+            f"{_place(self.locations)}"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the shape and its locations as JSON values."""
-        place = self.locations if isinstance(self.locations, str) else list(self.locations)
         return {
             "type": "rectangle",
             "height": self.height,
             "width": self.width,
-            "locations": place,
+            "locations": _listed(self.locations),
         }
+
+    @property
+    def _noun(self) -> str:
+        return "square" if self.height == self.width else "rectangle"
 
 
 @dataclass(frozen=True, init=False, repr=False)
@@ -146,11 +145,7 @@ class SquarePatch(RectanglePatch):
         The side is rounded up, so that the threat contains every square of that share; the
         fraction is read as its decimal digits say.
         """
-        height, width = check_image_size(image_size)
-        if not 0 < fraction <= 1:
-            raise PatchproofError(f"fraction of pixels: expected in (0, 1], got {fraction!r}")
-        pixels = math.ceil(Decimal(repr(float(fraction))) * height * width)
-        return cls(math.isqrt(pixels - 1) + 1)
+        return cls(math.isqrt(math.ceil(_pixels(fraction, image_size)) - 1) + 1)
 
     @classmethod
     def published(cls, share: str, image_size: ImageSize) -> SquarePatch:
@@ -170,15 +165,429 @@ class SquarePatch(RectanglePatch):
         return cls(sides[share])
 
 
+@dataclass(frozen=True)
+class RectanglePatches(Threat):
+    """One rectangle of any of several sizes (PatchCleanser, Section 5.1), with any content.
+
+    Attributes:
+        sizes: (height, width) of each, in pixels.
+        locations: ``"anywhere"``, ``"corners"`` of the image, or a ``Box`` that holds every patch.
+    """
+
+    sizes: tuple[tuple[int, int], ...]
+    locations: Locations = "anywhere"
+
+    def __init__(self, sizes: Iterable[Sequence[int]], locations: Locations = "anywhere") -> None:
+        listed = [tuple(size) for size in sizes]
+        if not listed:
+            raise PatchproofError("patch sizes: expected at least one, got none")
+        for size in listed:
+            if len(size) != 2:
+                raise PatchproofError(f"patch sizes: expected (height, width), got {size!r}")
+            _check_sides(*size)
+        object.__setattr__(self, "sizes", tuple(sorted(set(listed))))
+        shapes = tuple(Shape.rectangle(*size) for size in self.sizes)
+        object.__setattr__(self, "locations", _check_locations(locations, shapes))
+
+    def shapes(self, image_size: ImageSize) -> tuple[Shape, ...]:
+        """Return the rectangles that are not part of another."""
+        return tuple(
+            _fitting(Shape.rectangle(height, width), image_size)
+            for height, width in self.sizes
+            if not any(
+                (height, width) != (h, w) and height <= h and width <= w for h, w in self.sizes
+            )
+        )
+
+    def regions(self, image_size: ImageSize) -> Regions:
+        """List every placement of every rectangle inside the image and the allowed locations."""
+        shapes = tuple(_fitting(Shape.rectangle(*size), image_size) for size in self.sizes)
+        return _placements(shapes, image_size, self.locations)
+
+    def label(self) -> str:
+        """Return such as ``"3x8 or 8x3 rectangle"``."""
+        names = " or ".join(f"{height}x{width}" for height, width in self.sizes)
+        return f"{names} rectangle{_place_in_short(self.locations)}"
+
+    def describe(self) -> str:
+        """Say the sizes and where the patch may be."""
+        names = " or ".join(f"{height}x{width}" for height, width in self.sizes)
+        return f"one rectangle of {names} pixels with any content, {_place(self.locations)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the sizes and locations as JSON values."""
+        return {
+            "type": "rectangles",
+            "sizes": [list(size) for size in self.sizes],
+            "locations": _listed(self.locations),
+        }
+
+
+@dataclass(frozen=True)
+class AnyRectangle(Threat):
+    """One rectangle of any height and width, of at most ``max_pixels`` pixels, with any content.
+
+    PatchCleanser, Section 5.1 and Appendix B. ``MaskSet.for_threat`` covers it by few shapes.
+
+    Attributes:
+        max_pixels: the largest area.
+        locations: ``"anywhere"``, ``"corners"`` of the image, or a ``Box`` that holds every patch.
+    """
+
+    max_pixels: int
+    locations: Locations = "anywhere"
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.max_pixels):
+            raise PatchproofError(f"max_pixels: expected pixels >= 1, got {self.max_pixels!r}")
+        object.__setattr__(self, "locations", _check_locations(self.locations, ()))
+
+    @classmethod
+    def of_share(cls, fraction: float, image_size: ImageSize) -> AnyRectangle:
+        """Return every rectangle of at most ``fraction`` of the image's pixels."""
+        pixels = math.floor(_pixels(fraction, image_size))
+        if not pixels:
+            raise PatchproofError(
+                f"fraction of pixels: expected at least one pixel of {image_size}, got {fraction!r}"
+            )
+        return cls(pixels)
+
+    def shapes(self, image_size: ImageSize) -> tuple[Shape, ...]:
+        """Return the rectangles that no higher or wider one of the area contains."""
+        rows, columns = self._room(check_image_size(image_size))
+        tallest: dict[int, int] = {}
+        for height in range(1, min(self.max_pixels, rows) + 1):
+            tallest[min(self.max_pixels // height, columns)] = height
+        return tuple(Shape.rectangle(height, width) for width, height in tallest.items())
+
+    def regions(self, image_size: ImageSize) -> Regions:
+        """List every placement of the largest rectangles; every other is part of one of them."""
+        return _placements(self.shapes(image_size), image_size, self.locations)
+
+    def label(self) -> str:
+        """Return such as ``"any rectangle of 10 pixels"``."""
+        return f"any rectangle of {self.max_pixels} pixels{_place_in_short(self.locations)}"
+
+    def describe(self) -> str:
+        """Say the area and where the patch may be."""
+        return (
+            f"one rectangle of any height and width, of at most {self.max_pixels} pixels, with any "
+            f"content, {_place(self.locations)}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the area and the locations as JSON values."""
+        return {
+            "type": "any-rectangle",
+            "max_pixels": self.max_pixels,
+            "locations": _listed(self.locations),
+        }
+
+    def _room(self, image_size: ImageSize) -> tuple[int, int]:
+        if isinstance(self.locations, Box):
+            return self.locations.height, self.locations.width
+        return image_size
+
+
+@dataclass(frozen=True)
+class StencilPatch(Threat):
+    """One patch of any shape, with any content; it moves by whole pixels and does not turn.
+
+    The constructors take every pixel whose area the shape touches. ``subpixel=True`` takes also
+    those that it touches when it is moved by less than a pixel, for stickers that do not keep to
+    the grid.
+
+    Attributes:
+        rows: the shape, ``#`` for its pixels and ``.`` for others.
+        name: what the shape is called.
+        locations: ``"anywhere"``, ``"corners"`` of the image, or a ``Box`` that holds the patch.
+    """
+
+    rows: tuple[str, ...]
+    name: str = "stencil"
+    locations: Locations = "anywhere"
+
+    def __init__(
+        self,
+        pixels: Tensor | Sequence[Sequence[Any]],
+        name: str = "stencil",
+        locations: Locations = "anywhere",
+    ) -> None:
+        mask = _stencil(pixels)
+        if not mask.any():
+            raise PatchproofError("stencil: expected at least one pixel, got none")
+        shape = Shape.of(mask)
+        rows = tuple("".join(".#"[pixel] for pixel in row) for row in shape.pixels.int().tolist())
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "locations", _check_locations(locations, (shape,)))
+
+    def __repr__(self) -> str:
+        return f"StencilPatch({self.label()})"
+
+    @classmethod
+    def line(
+        cls, length: float, thickness: float = 1.0, degrees: float = 0.0, *, subpixel: bool = False
+    ) -> StencilPatch:
+        """Return a straight bar; 0 degrees is horizontal, 90 vertical, 45 rises to the right."""
+        corners = _turned(_box_corners(thickness, length), degrees)
+        name = f"{length:g}x{thickness:g} line at {degrees:g} degrees"
+        return cls(touched_pixels(corners, subpixel), _sub(name, subpixel))
+
+    @classmethod
+    def diamond(cls, diagonal: float, *, subpixel: bool = False) -> StencilPatch:
+        """Return a square that stands on its corner, ``diagonal`` pixels high and wide."""
+        half = diagonal / 2
+        corners = [(-half, 0.0), (0.0, half), (half, 0.0), (0.0, -half)]
+        return cls(
+            touched_pixels(corners, subpixel), _sub(f"diamond of {diagonal:g} pixels", subpixel)
+        )
+
+    @classmethod
+    def parallelogram(
+        cls, height: float, width: float, degrees: float, *, subpixel: bool = False
+    ) -> StencilPatch:
+        """Return a parallelogram with level top and bottom, its sides ``degrees`` off upright."""
+        if not -90 < degrees < 90:
+            raise PatchproofError(f"parallelogram: expected degrees in (-90, 90), got {degrees!r}")
+        slant = height * math.tan(math.radians(degrees))
+        corners = [(0.0, slant), (0.0, slant + width), (height, width), (height, 0.0)]
+        name = f"{height:g}x{width:g} parallelogram at {degrees:g} degrees"
+        return cls(touched_pixels(corners, subpixel), _sub(name, subpixel))
+
+    @classmethod
+    def square(cls, side: float, degrees: float, *, subpixel: bool = False) -> StencilPatch:
+        """Return a square turned by ``degrees``."""
+        corners = _turned(_box_corners(side, side), degrees)
+        name = f"{side:g}x{side:g} square at {degrees:g} degrees"
+        return cls(touched_pixels(corners, subpixel), _sub(name, subpixel))
+
+    @property
+    def shape(self) -> Shape:
+        """The pixels of the patch."""
+        return Shape.of(_stencil(self.rows))
+
+    def shapes(self, image_size: ImageSize) -> tuple[Shape, ...]:
+        """Return the shape."""
+        return (_fitting(self.shape, image_size),)
+
+    def regions(self, image_size: ImageSize) -> Regions:
+        """List every placement inside the image and the allowed locations."""
+        return _placements(self.shapes(image_size), image_size, self.locations)
+
+    def label(self) -> str:
+        """Return the name, the pixels and the box."""
+        shape = self.shape
+        return (
+            f"{self.name} ({shape.area} pixels in {shape.height}x{shape.width})"
+            f"{_place_in_short(self.locations)}"
+        )
+
+    def describe(self) -> str:
+        """Say the shape and where it may be."""
+        shape = self.shape
+        return (
+            f"one {self.name}, {shape.area} pixels in a box of {shape.height}x{shape.width}, with "
+            f"any content, {_place(self.locations)}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the shape and its locations as JSON values."""
+        return {
+            "type": "stencil",
+            "rows": list(self.rows),
+            "name": self.name,
+            "locations": _listed(self.locations),
+        }
+
+
+@dataclass(frozen=True)
+class MultiplePatches(Threat):
+    """Several patches at once, each with any content, anywhere that one may be (Section 5.1).
+
+    Attributes:
+        count: the largest number of patches.
+        patch: what each of them may be.
+    """
+
+    count: int
+    patch: Threat
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.count):
+            raise PatchproofError(f"number of patches: expected at least 1, got {self.count!r}")
+        if not isinstance(self.patch, Threat) or isinstance(self.patch, MultiplePatches):
+            raise PatchproofError(f"patch: expected a threat of one patch, got {self.patch!r}")
+
+    @property
+    def patches(self) -> int:
+        """How many patches there are; each takes one of ``regions``."""
+        return self.count
+
+    def shapes(self, image_size: ImageSize) -> tuple[Shape, ...]:
+        """Return the shapes of each patch."""
+        return self.patch.shapes(image_size)
+
+    def regions(self, image_size: ImageSize) -> Regions:
+        """List the regions of each patch; they combine freely."""
+        return self.patch.regions(image_size)
+
+    def corruption(self, visible: PixelSets) -> Corruption:
+        """Combine the sets of views that one patch corrupts.
+
+        A view is corrupted if it sees a pixel of any of the patches. Only the largest sets of views
+        that one patch can corrupt are combined: a certificate that holds for these holds for the
+        smaller ones.
+        """
+        return self.patch.corruption(visible).combined(self.count)
+
+    def label(self) -> str:
+        """Return such as ``"2 patches: 5x5 square"``."""
+        return f"{self.count} patches: {self.patch.label()}"
+
+    def describe(self) -> str:
+        """Say how many patches and what each may be."""
+        return f"up to {self.count} patches at once, each {self.patch.describe()}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the number and the patch as JSON values."""
+        return {"type": "multiple", "count": self.count, "patch": self.patch.to_dict()}
+
+
 def threat_from_dict(values: dict[str, Any]) -> Threat:
     """Return the threat that ``Threat.to_dict`` wrote."""
+    locations = values.get("locations", "anywhere")
+    place: Locations = locations if isinstance(locations, str) else Box(*locations)  # type: ignore[assignment]
     match values:
-        case {"type": "rectangle", "height": int(height), "width": int(width), "locations": place}:
-            locations = cast(Locations, place if isinstance(place, str) else Box(*place))
+        case {"type": "rectangle", "height": int(height), "width": int(width)}:
             if height == width:
-                return SquarePatch(height, locations)
-            return RectanglePatch(height, width, locations)
+                return SquarePatch(height, place)
+            return RectanglePatch(height, width, place)
+        case {"type": "rectangles", "sizes": [*sizes]}:
+            return RectanglePatches(sizes, place)
+        case {"type": "any-rectangle", "max_pixels": int(pixels)}:
+            return AnyRectangle(pixels, place)
+        case {"type": "stencil", "rows": [*rows], "name": str(name)}:
+            return StencilPatch(rows, name, place)
+        case {"type": "multiple", "count": int(count), "patch": dict(patch)}:
+            return MultiplePatches(count, threat_from_dict(patch))
     raise PatchproofError(f"expected a threat written by to_dict, got {values!r}")
+
+
+def _placements(shapes: tuple[Shape, ...], image_size: ImageSize, locations: Locations) -> Regions:
+    """List the regions of each shape inside the image and the locations."""
+    height, width = image_size
+    area = locations if isinstance(locations, Box) else Box(0, 0, height, width)
+    if area.top + area.height > height or area.left + area.width > width:
+        raise PatchproofError(
+            f"locations: expected a box inside the {height}x{width} image, got {area}"
+        )
+    groups = []
+    for shape in dict.fromkeys(shapes):
+        tops = range(area.top, area.top + area.height - shape.height + 1)
+        lefts = range(area.left, area.left + area.width - shape.width + 1)
+        if locations == "corners":
+            tops, lefts = _ends(tops), _ends(lefts)
+        corners = torch.cartesian_prod(torch.tensor(tops), torch.tensor(lefts))
+        offsets = torch.nn.functional.pad(corners, (0, 2))
+        groups.append(offsets[:, None] + torch.tensor(shape.parts))
+    return Regions.join(image_size, groups)
+
+
+def _fitting(shape: Shape, image_size: ImageSize) -> Shape:
+    height, width = check_image_size(image_size)
+    if shape.height > height or shape.width > width:
+        raise PatchproofError(
+            f"expected a patch no larger than the {height}x{width} image, "
+            f"got {shape.height}x{shape.width}"
+        )
+    return shape
+
+
+def _check_sides(height: object, width: object) -> None:
+    for name, side in (("height", height), ("width", width)):
+        if not _is_count(side):
+            raise PatchproofError(f"patch {name}: expected pixels >= 1, got {side!r}")
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_locations(locations: Locations, shapes: tuple[Shape, ...]) -> Locations:
+    """Return where the patch may be, or raise where it is no place, or too small for a shape."""
+    if isinstance(locations, str):
+        if locations not in ("anywhere", "corners"):
+            raise PatchproofError(
+                f"locations: expected 'anywhere', 'corners' or a box, got {locations!r}"
+            )
+        return locations
+    box = Box(*locations)
+    height = max((shape.height for shape in shapes), default=1)
+    width = max((shape.width for shape in shapes), default=1)
+    if box.top < 0 or box.left < 0 or box.height < height or box.width < width:
+        raise PatchproofError(
+            f"locations: expected a box inside the image that holds a {height}x{width} patch, "
+            f"got {box}"
+        )
+    return box
+
+
+def _place(locations: Locations) -> str:
+    if locations == "anywhere":
+        return "anywhere on the image"
+    if locations == "corners":
+        return "in one of the image's corners"
+    box = Box(*locations)
+    return (
+        f"within rows {box.top} to {box.top + box.height - 1} "
+        f"and columns {box.left} to {box.left + box.width - 1}"
+    )
+
+
+def _place_in_short(locations: Locations) -> str:
+    if isinstance(locations, str):
+        return {"anywhere": "", "corners": " in a corner"}[locations]
+    return " in a box"
+
+
+def _listed(locations: Locations) -> str | list[int]:
+    return locations if isinstance(locations, str) else list(locations)
+
+
+def _pixels(fraction: float, image_size: ImageSize) -> Decimal:
+    """Return a share of the image's pixels, the fraction read as its decimal digits say."""
+    height, width = check_image_size(image_size)
+    if not 0 < fraction <= 1:
+        raise PatchproofError(f"fraction of pixels: expected in (0, 1], got {fraction!r}")
+    return Decimal(repr(float(fraction))) * height * width
+
+
+def _stencil(pixels: Tensor | Sequence[Sequence[Any]]) -> Tensor:
+    """Return (h, w) bool from a tensor or array, or from rows such as ``"#.#"``."""
+    if isinstance(pixels, (list, tuple)) and pixels and all(isinstance(r, str) for r in pixels):
+        pixels = [[pixel == "#" for pixel in row] for row in pixels]
+    try:
+        mask = torch.as_tensor(pixels)
+    except (TypeError, ValueError) as error:
+        raise PatchproofError(f"stencil: expected rows of equal length, got {error}") from error
+    if mask.ndim != 2:
+        raise PatchproofError(f"stencil: expected shape (h, w), got {tuple(mask.shape)}")
+    return mask != 0
+
+
+def _box_corners(height: float, width: float) -> list[Point]:
+    return [(0.0, 0.0), (0.0, width), (height, width), (height, 0.0)]
+
+
+def _turned(corners: list[Point], degrees: float) -> list[Point]:
+    """Turn the points counterclockwise, as one sees an image (rows go down)."""
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return [(row * cos - column * sin, row * sin + column * cos) for row, column in corners]
+
+
+def _sub(name: str, subpixel: bool) -> str:
+    return f"{name}, between pixels" if subpixel else name
 
 
 def _ends(positions: range) -> range:

@@ -1,15 +1,17 @@
-"""Patch regions: the places where a patch may be, as half-open boxes of pixels."""
+"""Patch regions, the sets of pixels where a patch may be, and which pixel sets meet them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from patchproof.results import PatchproofError
+from patchproof.results import PatchproofError, distinct_rows
 
 ImageSize = tuple[int, int]
 """Height and width in pixels."""
@@ -23,6 +25,10 @@ class Box(NamedTuple):
     height: int
     width: int
 
+    def shifted(self, rows: int, columns: int) -> Box:
+        """Return the box moved down and to the right."""
+        return Box(self.top + rows, self.left + columns, self.height, self.width)
+
 
 def check_image_size(image_size: object) -> ImageSize:
     """Return (height, width) as given, or raise ``PatchproofError``."""
@@ -33,31 +39,103 @@ def check_image_size(image_size: object) -> ImageSize:
 
 
 @dataclass(frozen=True, eq=False)
+class PixelSets:
+    """Sets of pixels, kept by cells: rows and columns that no set tells apart are stored once.
+
+    Attributes:
+        rows: (H,) int64, the cell row of each row of pixels, ascending from 0.
+        columns: (W,) int64, the cell column of each column of pixels.
+        cells: (S, h, w) bool, the cells in each set.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    cells: Tensor
+
+    @classmethod
+    def of(cls, pixels: Tensor) -> PixelSets:
+        """Compress (S, H, W) bool pixels."""
+        rows = _groups((pixels[:, 1:] != pixels[:, :-1]).any(2).any(0))
+        columns = _groups((pixels[:, :, 1:] != pixels[:, :, :-1]).any(1).any(0))
+        first_row, first_column = (
+            torch.searchsorted(groups, torch.arange(int(groups[-1]) + 1))
+            for groups in (rows, columns)
+        )
+        return cls(rows, columns, pixels[:, first_row][:, :, first_column])
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def with_cells(self, cells: Tensor) -> PixelSets:
+        """Return other sets over the same rows and columns."""
+        return PixelSets(self.rows, self.columns, cells)
+
+    def complements(self) -> PixelSets:
+        """Return the pixels that are not in each set."""
+        return self.with_cells(~self.cells)
+
+    def choose(self, sets: Tensor) -> PixelSets:
+        """Return some of the sets, by (n,) indices."""
+        return self.with_cells(self.cells[sets])
+
+    def to(self, device: torch.device) -> PixelSets:
+        """Return the sets on a device."""
+        return PixelSets(*(part.to(device) for part in (self.rows, self.columns, self.cells)))
+
+    def pixels(self) -> Tensor:
+        """Return the sets, (S, H, W) bool."""
+        return self.cells[:, self.rows][:, :, self.columns]
+
+
+@dataclass(frozen=True, eq=False)
 class Regions:
     """Distinct patch regions on images of one size.
 
     Attributes:
         image_size: (H, W) in pixels.
-        boxes: (R, 4) int64: top, left, height, width of each region, inside the image.
+        parts: (R, B, 4) int64: each region is the union of up to B disjoint boxes (top, left,
+            height, width) inside the image; boxes that it does not need are all 0.
     """
 
     image_size: ImageSize
-    boxes: Tensor
+    parts: Tensor
 
     @classmethod
-    def of(cls, image_size: ImageSize, boxes: Iterable[Box]) -> Regions:
-        """Make regions of ``boxes``, each listed once, in ascending order."""
-        distinct = sorted(set(boxes))
-        if not distinct:
+    def of(cls, image_size: ImageSize, regions: Iterable[Sequence[Box]]) -> Regions:
+        """Make regions, each the union of disjoint boxes."""
+        distinct = sorted({tuple(sorted(boxes)) for boxes in regions})
+        return cls.join(image_size, [torch.tensor([boxes]) for boxes in distinct])
+
+    @classmethod
+    def join(cls, image_size: ImageSize, groups: list[Tensor]) -> Regions:
+        """Join groups of distinct regions, (R, B, 4) int64 each.
+
+        Raises:
+            PatchproofError: no region at all.
+        """
+        if not sum(map(len, groups)):
             raise PatchproofError("expected at least one patch region, got none")
-        return cls(image_size, torch.tensor(distinct, dtype=torch.int64))
+        boxes = max(group.shape[1] for group in groups)
+        padded = [functional.pad(group, (0, 0, 0, boxes - group.shape[1])) for group in groups]
+        return cls(image_size, torch.cat(padded))
 
     def __len__(self) -> int:
-        return len(self.boxes)
+        return len(self.parts)
 
     def box(self, index: int) -> Box:
-        """Return region ``index`` as a box."""
-        return Box(*self.boxes[index].tolist())
+        """Return the smallest box that holds region ``index``."""
+        parts = [Box(*part) for part in self.parts[index].tolist() if part[2]]
+        top, left = min(part.top for part in parts), min(part.left for part in parts)
+        bottom = max(part.top + part.height for part in parts)
+        right = max(part.left + part.width for part in parts)
+        return Box(top, left, bottom - top, right - left)
+
+    def pixels(self, index: int) -> Tensor:
+        """Return the pixels of region ``index``, (H, W) bool."""
+        inside = torch.zeros(self.image_size, dtype=torch.bool)
+        for top, left, height, width in self.parts[index].tolist():
+            inside[top : top + height, left : left + width] = True
+        return inside
 
     def seen_by(self, visible: Tensor) -> Tensor:
         """Tell which views see at least one pixel of which regions, by counting pixels.
@@ -68,21 +146,48 @@ class Regions:
         Returns:
             (R, V) bool.
         """
-        height, width = self.image_size
-        top, left, box_height, box_width = self.boxes.unbind(1)
-        corners = [
-            rows * (width + 1) + columns
-            for rows in (top, top + box_height)
-            for columns in (left, left + box_width)
+        patterns, pattern = self.patterns(PixelSets.of(visible))
+        return patterns[pattern]
+
+    def patterns(self, visible: PixelSets) -> tuple[Tensor, Tensor]:
+        """Group the regions by the views that see at least one of their pixels.
+
+        Regions that meet the same cells are counted once.
+
+        Args:
+            visible: the pixels of the image that each of V views shows the model.
+
+        Returns:
+            The distinct sets of views, (P, V) bool, and which is each region's, (R,) int64.
+        """
+        ends = self.parts[..., :2] + self.parts[..., 2:]
+        used = self.parts[..., 2] > 0
+        first = torch.stack(
+            [visible.rows[self.parts[..., 0]], visible.columns[self.parts[..., 1]]], 2
+        )
+        last = torch.stack(
+            [
+                visible.rows[(ends[..., 0] - 1).clamp(min=0)],
+                visible.columns[(ends[..., 1] - 1).clamp(min=0)],
+            ],
+            2,
+        )
+        spans = torch.cat([first, last + 1], 2) * used[..., None]
+        representative, place = _distinct_spans(spans, max(visible.cells.shape[1:]) + 1)
+        spans = spans[representative]
+        parts = [
+            distinct_rows(_meet(spans[start : start + _REGIONS_AT_ONCE], visible.cells))
+            for start in range(0, len(spans), _REGIONS_AT_ONCE)
         ]
-        seen = torch.empty(len(self), len(visible), dtype=torch.bool)
-        for start in range(0, len(visible), _VIEWS_AT_ONCE):
-            chunk = visible[start : start + _VIEWS_AT_ONCE].int()
-            integral = chunk.new_zeros(len(chunk), height + 1, width + 1)
-            integral[:, 1:, 1:] = chunk.cumsum(1).cumsum(2)
-            a, b, c, d = (integral.flatten(1)[:, corner] for corner in corners)
-            seen[:, start : start + len(chunk)] = (d - b - c + a > 0).T
-        return seen
+        if len(parts) == 1:
+            patterns, pattern = parts[0]
+        else:
+            patterns, joined = distinct_rows(torch.cat([found for found, _ in parts]))
+            starts = np.cumsum([0, *(len(found) for found, _ in parts)]).tolist()
+            pattern = torch.cat(
+                [joined[which + start] for (_, which), start in zip(parts, starts, strict=False)]
+            )
+        return patterns, pattern[place]
 
     def accumulate(self, values: Tensor) -> Tensor:
         """Add each region's value to every pixel of the region.
@@ -94,13 +199,61 @@ class Regions:
             (N, H, W) float, at a pixel the sum of the values of the regions containing it.
         """
         height, width = self.image_size
-        top, left, box_height, box_width = self.boxes.unbind(1)
         grid = torch.zeros(len(values), (height + 1) * (width + 1), dtype=torch.float64)
-        for rows, row_sign in ((top, 1.0), (top + box_height, -1.0)):
-            for columns, sign in ((left, row_sign), (left + box_width, -row_sign)):
-                grid.index_add_(1, rows * (width + 1) + columns, sign * values.double())
+        for part in self.parts.unbind(1):
+            top, left, box_height, box_width = part.unbind(1)
+            for rows, row_sign in ((top, 1.0), (top + box_height, -1.0)):
+                for columns, sign in ((left, row_sign), (left + box_width, -row_sign)):
+                    grid.index_add_(1, rows * (width + 1) + columns, sign * values.double())
         sums = grid.view(-1, height + 1, width + 1).cumsum(1).cumsum(2)
         return sums[:, :height, :width].round(decimals=9).float()
 
 
-_VIEWS_AT_ONCE = 256
+def _groups(changes: Tensor) -> Tensor:
+    """Return the group of each of n lines, where (n - 1,) bool says which differ from the last."""
+    return torch.cat([torch.zeros(1, dtype=torch.int64), changes.long().cumsum(0)])
+
+
+def _distinct_spans(spans: Tensor, base: int) -> tuple[Tensor, Tensor]:
+    """Return one of each of the distinct (R, B, 4) spans, by index, and which is each region's.
+
+    Args:
+        spans: numbers from 0 to ``base`` - 1.
+        base: above all of them.
+    """
+    keys = np.zeros(len(spans), dtype=np.int64)
+    for column in spans.flatten(1).numpy().T:
+        if keys.max() > np.iinfo(np.int64).max // base - base:
+            keys = np.unique(keys, return_inverse=True)[1].ravel()
+        keys = keys * base + column
+    _, first, place = np.unique(keys, return_index=True, return_inverse=True)
+    return torch.from_numpy(first), torch.from_numpy(place.ravel())
+
+
+def _meet(spans: Tensor, cells: Tensor) -> Tensor:
+    """Tell which sets of cells, (V, h, w) bool, meet which unions of boxes, (R, V) bool.
+
+    Args:
+        spans: (R, B, 4) int64: first row, first column, end row, end column.
+        cells: the sets.
+    """
+    _, height, width = cells.shape
+    met = torch.zeros(len(spans), len(cells), dtype=torch.bool)
+    for start in range(0, len(cells), _VIEWS_AT_ONCE):
+        chunk = cells[start : start + _VIEWS_AT_ONCE].int()
+        integral = chunk.new_zeros(len(chunk), height + 1, width + 1)
+        integral[:, 1:, 1:] = chunk.cumsum(1).cumsum(2)
+        flat = integral.flatten(1).T.contiguous()
+        for top, left, bottom, right in (part.unbind(1) for part in spans.unbind(1)):
+            a, b, c, d = (
+                flat[rows * (width + 1) + columns]
+                for rows in (top, bottom)
+                for columns in (left, right)
+            )
+            met[:, start : start + len(chunk)] |= d - b - c + a > 0
+    return met
+
+
+_VIEWS_AT_ONCE = 4096
+_REGIONS_AT_ONCE = 4096
+"""Bounds of the memory that counting takes."""

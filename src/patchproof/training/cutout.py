@@ -1,11 +1,13 @@
-"""Recipe ``cutout``: train on images with two random squares, so that masked views are familiar.
+"""Recipe ``cutout``: train on images with two masks, so that masked views are familiar.
 
 PatchCleanser classifies images with one or two masks on them and certifies those whose label no
 pair of masks changes, so the network should be right under any two masks. As in its paper (Section
 4.1, after Cutout), two squares of the defense's own fill are put on every training image. Here
 their sizes are drawn per square, so that one network serves several mask budgets.
 
-Without squares the same page is the recipe ``plain``, for comparison.
+The recipe ``greedy-cutout`` puts the two of the defense's masks on an image that hurt most (Saha et
+al., 2023), which costs many forward passes a step: best as fine-tuning of a network that ``cutout``
+made. Without squares and masks the same page is the recipe ``plain``, for comparison.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import json
 import math
 import pickle
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -25,10 +28,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patchproof.datasets import ImageDataset
-from patchproof.models import ModelSpec, build_model, save_classifier, write_atomically
+from patchproof.models import (
+    ModelSpec,
+    build_model,
+    load_classifier,
+    read_card,
+    save_classifier,
+    write_atomically,
+)
 from patchproof.results import PatchproofError, RunError
+from patchproof.training.masking import GreedyMasks, greedy_pair, random_squares
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Optimizer = Literal["sgd", "adamw"]
+
+GREEDY_VALIDATION = 1000
+"""Most validation images of ``greedy-cutout``, which searches the worst masks on each."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +51,23 @@ class CutoutRecipe:
     """How to train; with equal data and device, the same recipe gives the same network.
 
     Attributes:
-        square_sizes: smallest and largest side of the squares, in pixels; None for the recipe
-            ``plain``, without squares.
+        square_sizes: smallest and largest side of the squares, in pixels; None for the recipes
+            ``greedy-cutout`` and ``plain``, without squares.
         fill: value of the masked pixels, in [0, 1]; the defense must use the same.
-        epochs: passes over the training images.
+        epochs: rounds of training, each ending with a validation and a checkpoint.
         batch_size: images in a step.
         learning_rate: at its highest; it rises linearly from 0 over ``warmup`` and falls back.
         warmup: share of the steps until the highest learning rate.
-        momentum: Nesterov momentum.
-        weight_decay: of all weights.
+        momentum: Nesterov momentum, of ``sgd``.
+        weight_decay: of all weights; with ``adamw`` of matrices and kernels alone.
         label_smoothing: share of the target that is spread over all classes.
         shift: images are shifted by up to this many pixels, mirrored at the border.
         flip: flip half of the images left to right.
         seed: of the initial weights and of everything random.
         precision: of the forward and backward passes, as Lightning Fabric names it.
+        greedy: the masks that ``greedy-cutout`` searches; None for the other recipes.
+        optimizer: ``sgd``, or ``adamw``, which transformers and networks of linear layers need.
+        epoch_images: training images of an epoch, drawn anew for each; None for all of them.
     """
 
     square_sizes: tuple[int, int] | None
@@ -65,8 +83,13 @@ class CutoutRecipe:
     flip: bool = False
     seed: int = 0
     precision: Precision = "bf16-mixed"
+    greedy: GreedyMasks | None = None
+    optimizer: Optimizer = "sgd"
+    epoch_images: int | None = None
 
     def __post_init__(self) -> None:
+        if self.square_sizes is not None and self.greedy is not None:
+            raise PatchproofError("expected random squares or greedy masks, got both")
         if self.square_sizes is not None and not 1 <= self.square_sizes[0] <= self.square_sizes[1]:
             raise PatchproofError(
                 f"expected square sizes (smallest, largest) from 1 pixel, got {self.square_sizes}"
@@ -87,18 +110,38 @@ class CutoutRecipe:
                 )
         if self.precision not in (known := get_args(Precision)):
             raise PatchproofError(f"expected a precision of {known}, got {self.precision!r}")
+        if self.optimizer not in (known := get_args(Optimizer)):
+            raise PatchproofError(f"expected an optimizer of {known}, got {self.optimizer!r}")
+        if self.epoch_images is not None and self.epoch_images < self.batch_size:
+            raise PatchproofError(
+                f"expected epochs of at least one batch of {self.batch_size} images, "
+                f"got {self.epoch_images}"
+            )
         if not 0.0 < self.learning_rate < math.inf:
             raise PatchproofError(f"expected a positive learning_rate, got {self.learning_rate}")
 
     @property
     def name(self) -> str:
-        """Return ``cutout``, or ``plain`` without squares."""
+        """Return ``cutout``, ``greedy-cutout``, or ``plain`` without squares and masks."""
+        if self.greedy is not None:
+            return "greedy-cutout"
         return "plain" if self.square_sizes is None else "cutout"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the recipe as JSON values."""
-        sizes = None if self.square_sizes is None else list(self.square_sizes)
-        return {"recipe": self.name} | asdict(self) | {"square_sizes": sizes}
+        """Return the recipe as JSON values.
+
+        The last three attributes only where they are not at their defaults, so that the card of a
+        training that began before they existed stays equal, and the training can go on.
+        """
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.square_sizes is not None:
+            values["square_sizes"] = list(self.square_sizes)
+        if self.greedy is not None:
+            values["greedy"] = self.greedy.to_dict()
+        for name, default in (("greedy", None), ("optimizer", "sgd"), ("epoch_images", None)):
+            if values[name] == default:
+                del values[name]
+        return {"recipe": self.name} | values
 
 
 def train_cutout(
@@ -110,11 +153,13 @@ def train_cutout(
     *,
     device: str = "auto",
     pretrained: bool = False,
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """Train a classifier; the same call continues a training that was stopped, after any epoch.
 
     The model of the epoch with the best validation accuracy is kept: under two fixed random
-    squares for each image, or of clean images for the recipe ``plain``. Written to ``out``:
+    squares for each image; for ``greedy-cutout`` under the masks that hurt most, on at most 1,000
+    images and with fixed candidates; for ``plain`` of clean images. Written to ``out``:
     ``card.json`` (what is trained on what), ``checkpoint.pt``, ``log.jsonl`` (one line an epoch)
     and ``model.safetensors`` (the best model, for ``load_classifier``).
 
@@ -126,13 +171,16 @@ def train_cutout(
         out: a folder, new or of this very training.
         device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
         pretrained: start from the published weights of a ``timm:`` or ``torchvision:`` model.
+        start: start from the weights of this classifier file, which must be of the network
+            ``spec``; the card records their digest.
 
     Returns:
         The log entry of the best epoch.
 
     Raises:
-        PatchproofError: data that do not fit the network, or a folder of another training.
-        RunError: a loss that is not finite, or a file that cannot be written.
+        PatchproofError: data that do not fit the network, weights to start from that are of
+            another network or given twice, or a folder of another training.
+        RunError: a loss that is not finite, or a file that cannot be read or written.
     """
     from lightning_fabric import Fabric
     from rich.console import Console
@@ -156,6 +204,14 @@ def train_cutout(
             f"expected squares smaller than the images of {spec.image_size} pixels, "
             f"got sides up to {recipe.square_sizes[1]}"
         )
+    if recipe.epoch_images is not None and recipe.epoch_images > len(training):
+        raise PatchproofError(
+            f"expected epochs of at most the {len(training)} training images, "
+            f"got {recipe.epoch_images}"
+        )
+    if recipe.greedy is not None:
+        masks = recipe.greedy.masked(spec.image_size)
+        validation = validation.sample(min(len(validation), GREEDY_VALIDATION), recipe.seed)
     card = {
         **recipe.to_dict(),
         "model": spec.to_dict(),
@@ -165,6 +221,8 @@ def train_cutout(
             for data in (training, validation)
         },
     }
+    if start is not None:
+        card["start"] = _check_start(start, spec, pretrained)
     accelerator, _, index = device.partition(":")
     try:
         fabric = Fabric(
@@ -183,27 +241,33 @@ def train_cutout(
     images, labels = (fabric.to_device(tensor) for tensor in training.tensors())
     clean, clean_labels = (fabric.to_device(tensor) for tensor in validation.tensors())
     torch.manual_seed(recipe.seed)
-    squares = None
+    covered = None
     if recipe.square_sizes:
-        squares = fabric.to_device(random_squares(len(clean), spec.image_size, recipe.square_sizes))
+        covered = fabric.to_device(random_squares(len(clean), spec.image_size, recipe.square_sizes))
 
-    network = build_model(spec, pretrained=pretrained).to(memory_format=torch.channels_last)
-    network, optimizer = fabric.setup(
-        network,
-        torch.optim.SGD(
-            network.parameters(),
-            lr=recipe.learning_rate,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            nesterov=recipe.momentum > 0,
-        ),
-    )
+    if start is None:
+        network = build_model(spec, pretrained=pretrained)
+    else:  # its card names the model that the caller asked for, code included
+        network, _ = load_classifier(start, allow_code=True)
+    if next(network.parameters(), None) is None:
+        raise PatchproofError(f"expected a model with weights to train, got {spec.name}")
+    network = network.to(memory_format=torch.channels_last)
+    network, optimizer = fabric.setup(network, make_optimizer(recipe, network))
+    search = None
+    if recipe.greedy is not None:
+        search = partial(
+            greedy_pair,
+            network,
+            masks=fabric.to_device(masks),
+            candidates=recipe.greedy.candidates,
+            fill=recipe.fill,
+        )
     log = _resume(out, network, optimizer)
     made = card | {
         "class_names": list(training.class_names),
         "versions": {name: version(name) for name in ("patchproof", "torch")},
     }
-    steps = len(images) // recipe.batch_size
+    steps = (recipe.epoch_images or len(images)) // recipe.batch_size
     columns = (*Progress.get_default_columns(), TextColumn("{task.fields[state]}"))
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(
@@ -220,8 +284,10 @@ def train_cutout(
             ):
                 views = shift_and_flip(images[batch], recipe) / 255
                 if recipe.square_sizes:
-                    covered = random_squares(len(views), spec.image_size, recipe.square_sizes)
-                    views.masked_fill_(covered.to(views.device), recipe.fill)
+                    squares = random_squares(len(views), spec.image_size, recipe.square_sizes)
+                    views.masked_fill_(squares.to(views.device), recipe.fill)
+                elif search is not None:
+                    views.masked_fill_(search(views, labels[batch]), recipe.fill)
                 loss = functional.cross_entropy(
                     network(views), labels[batch], label_smoothing=recipe.label_smoothing
                 )
@@ -242,13 +308,21 @@ def train_cutout(
                 optimizer.zero_grad()
                 progress.update(task, advance=1, state=f"loss {value:.3f}")
 
+            if search is not None:
+                torch.manual_seed(recipe.seed)  # the same candidates after every epoch
+                covered = torch.cat(
+                    [
+                        search(clean[batch] / 255, clean_labels[batch])
+                        for batch in torch.split(torch.arange(len(clean)), 250)
+                    ]
+                )
             entry = {
                 "epoch": epoch + 1,
                 "loss": total_loss / steps,
                 "clean_accuracy": _accuracy(network, clean, clean_labels),
                 "masked_accuracy": None
-                if squares is None
-                else _accuracy(network, clean, clean_labels, squares, recipe.fill),
+                if covered is None
+                else _accuracy(network, clean, clean_labels, covered, recipe.fill),
                 "seconds": time.perf_counter() - started,
             }
             log.append(entry)
@@ -277,31 +351,40 @@ def shift_and_flip(images: Tensor, recipe: CutoutRecipe) -> Tensor:
     ]
 
 
-def random_squares(count: int, image_size: tuple[int, int], sizes: tuple[int, int]) -> Tensor:
-    """Draw two squares for each of some images; they may hang over the border.
-
-    Args:
-        count: number of images.
-        image_size: (H, W) in pixels.
-        sizes: smallest and largest side, in pixels; sides are uniform in between, and centres
-            uniform in the image.
-
-    Returns:
-        (N, 1, H, W) bool, True in the squares.
-    """
-    sides = torch.randint(sizes[0], sizes[1] + 1, (count, 2, 1))
-    covered = []
-    for length in image_size:
-        start = torch.randint(0, length, (count, 2, 1)) - sides // 2
-        pixels = torch.arange(length)
-        covered.append((pixels >= start) & (pixels < start + sides))
-    rows, columns = covered
-    return (rows.unsqueeze(3) & columns.unsqueeze(2)).any(1, keepdim=True)
-
-
 def _mirror(positions: Tensor, length: int) -> Tensor:
     last = length - 1
     return last - (last - positions.abs()).abs()
+
+
+def make_optimizer(recipe: CutoutRecipe, network: nn.Module) -> torch.optim.Optimizer:
+    """Return the recipe's optimizer over all parameters of a network."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            network.parameters(),
+            lr=recipe.learning_rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            nesterov=recipe.momentum > 0,
+        )
+    groups: list[dict[str, Any]] = [{"params": []}, {"params": [], "weight_decay": 0.0}]
+    for parameter in network.parameters():
+        vector = parameter.squeeze().ndim < 2  # ResMLP keeps the scales of its channels (1, 1, D)
+        groups[vector]["params"].append(parameter)
+    return torch.optim.AdamW(
+        groups,
+        lr=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+    )
+
+
+def _check_start(start: Path, spec: ModelSpec, pretrained: bool) -> str:
+    """Return the digest of the weights to start from, or raise if they are not for the network."""
+    if pretrained:
+        raise PatchproofError(f"expected published weights or {start} to start from, got both")
+    card = read_card(start)
+    if (found := ModelSpec.from_dict(card["model"])) != spec:
+        raise PatchproofError(f"expected weights of {spec} to start from, got {found} in {start}")
+    return str(card["digest"])
 
 
 @torch.no_grad()
@@ -309,22 +392,22 @@ def _accuracy(
     network: nn.Module,
     images: Tensor,
     labels: Tensor,
-    squares: Tensor | None = None,
+    covered: Tensor | None = None,
     fill: float = 0.0,
 ) -> float:
-    """Return the share of uint8 images classified right, under squares if there are any."""
+    """Return the share of uint8 images classified right, under masks (N, 1, H, W) if given."""
     network.eval()
     right = 0
     for batch in torch.split(torch.arange(len(images), device=images.device), 250):
         views = images[batch] / 255
-        if squares is not None:
-            views.masked_fill_(squares[batch], fill)
+        if covered is not None:
+            views.masked_fill_(covered[batch], fill)
         right += int((network(views).argmax(1) == labels[batch]).sum())
     return right / len(images)
 
 
 def _best(log: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first epoch of the best accuracy: under squares, or clean for ``plain``."""
+    """Return the first epoch of the best accuracy: under masks, or clean for ``plain``."""
     key = "clean_accuracy" if log[0]["masked_accuracy"] is None else "masked_accuracy"
     return max(log, key=lambda entry: float(entry[key]))
 
@@ -371,6 +454,6 @@ def _in_words(entry: dict[str, Any]) -> str:
     masked = entry["masked_accuracy"]
     return (
         f"epoch {entry['epoch']}: loss {entry['loss']:.3f}, clean {entry['clean_accuracy']:.2%}"
-        + ("" if masked is None else f", under two squares {masked:.2%}")
+        + ("" if masked is None else f", under two masks {masked:.2%}")
         + f", {entry['seconds']:.0f} s"
     )

@@ -2,5 +2,6 @@
 
 from patchproof.views.base import Views
 from patchproof.views.masked import MaskPairViews
+from patchproof.views.occluded import OccludedViews, UnmaskedAndMaskedViews
 
-__all__ = ["MaskPairViews", "Views"]
+__all__ = ["MaskPairViews", "OccludedViews", "UnmaskedAndMaskedViews", "Views"]
