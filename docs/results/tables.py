@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +26,43 @@ def masks_in_words(masks: list[Any]) -> str:
     return f"{len(masks)}{unions} of {largest}{height}x{width}"
 
 
-def row(folder: Path) -> str:
+def figures(summary: dict[str, Any]) -> dict[str, str]:
+    """Return the accuracies of a run, by the heads of their columns."""
+    names = {
+        "vanilla_accuracy": "undefended, clean",
+        "clean_accuracy": "defended, clean",
+        "certified_accuracy": "certified",
+        "paper_accuracy": "paper condition",
+        "certified_detection_accuracy": "certified detection",
+        "alert_rate": "alerts on clean images",
+    }
+    return {head: percent(summary[name]) for name, head in names.items() if name in summary}
+
+
+def row(folder: Path) -> dict[str, str]:
     manifest = json.loads((folder / "manifest.json").read_text())
     summary = json.loads((folder / "summary.json").read_text())
-    threat = threat_from_dict(manifest["identity"]["threat"])
-    cells = [
-        folder.name,
-        threat.label(),
-        masks_in_words(manifest["identity"]["defense"]["masks"]),
-        *(
-            percent(summary[f"{name}_accuracy"])
-            for name in ("vanilla", "clean", "certified", "paper")
-        ),
-        f"{summary['forwards_per_image']:,.1f}",
-        f"{summary['count']:,}",
-    ]
+    defense = manifest["identity"]["defense"]
+    return {
+        "run": folder.name,
+        "patch": threat_from_dict(manifest["identity"]["threat"]).label(),
+        "masks": masks_in_words(defense["masks"]),
+        **({"tau": f"{defense['tau']:g}"} if "tau" in defense else {}),
+        **figures(summary),
+        "forwards an image": f"{summary['forwards_per_image']:,.1f}",
+        "images": f"{summary['count']:,}",
+    }
+
+
+def line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-HEAD = (
-    "run",
-    "patch",
-    "masks",
-    "undefended, clean",
-    "defended, clean",
-    "certified",
-    "paper condition",
-    "forwards an image",
-    "images",
-)
-
 if __name__ == "__main__":
-    print(f"| {' | '.join(HEAD)} |\n|{' --- |' * len(HEAD)}")
-    for argument in sys.argv[1:]:
-        if (Path(argument) / "summary.json").exists():
-            print(row(Path(argument)))
+    folders = [Path(argument) for argument in sys.argv[1:]]
+    head: list[str] = []
+    for cells in [row(folder) for folder in folders if (folder / "summary.json").exists()]:
+        if list(cells) != head:
+            head = list(cells)
+            print(f"{line(head)}\n{line(['---'] * len(head))}")
+        print(line(cells.values()))

@@ -42,6 +42,12 @@ CERTIFY = (
 )
 
 
+@pytest.fixture
+def sketchy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw no figures, which takes most of the time of these tests."""
+    monkeypatch.setattr("patchproof.report.analysis._drawn", lambda *_: b"")
+
+
 @pytest.mark.parametrize("name", ANALYSES)
 def test_an_analysis_writes_tables_figures_and_how_they_were_made(
     patchproof: Patchproof, workplace: Path, name: str
@@ -69,6 +75,7 @@ def test_an_analysis_writes_tables_figures_and_how_they_were_made(
     assert table["milliseconds"].tolist() == pytest.approx(expected.tolist(), rel=1e-4)
 
 
+@pytest.mark.usefixtures("sketchy")
 def test_later_analyses_ask_the_model_nothing_again(patchproof: Patchproof) -> None:
     assert " 0 of them" not in patchproof(ANALYSES["budget"])[1]
     assert "912 model forwards are recorded, 0 of them" in patchproof(ANALYSES["inference"])[1]
@@ -76,6 +83,7 @@ def test_later_analyses_ask_the_model_nothing_again(patchproof: Patchproof) -> N
     assert "0 of them in this run" in patchproof(budget)[1]
 
 
+@pytest.mark.usefixtures("sketchy")
 def test_the_tables_agree_with_certify(patchproof: Patchproof, workplace: Path) -> None:
     assert patchproof(CERTIFY)[0] == 0
     assert patchproof(f"{ANALYSES['budget']} --count 12")[0] == 0
@@ -90,6 +98,7 @@ def test_the_tables_agree_with_certify(patchproof: Patchproof, workplace: Path) 
     assert row["vanilla"] == pytest.approx(summary.vanilla_accuracy.value, rel=1e-5)
 
 
+@pytest.mark.usefixtures("sketchy")
 def test_a_multiplicity_too_high_for_some_masks_is_left_out_with_a_word(
     patchproof: Patchproof, workplace: Path
 ) -> None:
@@ -104,6 +113,7 @@ def test_a_multiplicity_too_high_for_some_masks_is_left_out_with_a_word(
     assert "multiplicity: expected" in errors
 
 
+@pytest.mark.usefixtures("sketchy")
 def test_a_corrupt_image_is_left_out(patchproof: Patchproof, workplace: Path) -> None:
     (workplace / "images/left/3.png").write_bytes(b"not an image")
     code, output, _ = patchproof(ANALYSES["sizes"])
@@ -217,6 +227,7 @@ def test_boxes_that_cannot_be_used_are_one_line(
     assert not (workplace / "out").exists()
 
 
+@pytest.mark.usefixtures("sketchy")
 def test_the_folder_of_another_analysis_is_refused(patchproof: Patchproof, workplace: Path) -> None:
     assert patchproof(BUDGET)[0] == 0
     before = (workplace / "out/budget/budget.csv").read_bytes()
@@ -231,6 +242,7 @@ def test_the_folder_of_another_analysis_is_refused(patchproof: Patchproof, workp
     assert (workplace / "out/budget/budget.csv").read_bytes() == before
 
 
+@pytest.mark.usefixtures("sketchy")
 def test_ctrl_c_says_how_to_go_on(
     patchproof: Patchproof, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +264,7 @@ def test_ctrl_c_says_how_to_go_on(
     assert "912 model forwards are recorded, 736 of them in this run" in output
 
 
+@pytest.mark.usefixtures("sketchy")
 def test_a_killed_recording_goes_on_to_equal_tables(
     patchproof: Patchproof, workplace: Path
 ) -> None:

@@ -95,7 +95,7 @@ def budget(
         len(setups),
         lambda study: analyses.budget(study, threat, setups),
         budget_figures,
-        (*_SETUP, "inference", "masks", "clean", "certified", "forwards", "milliseconds"),
+        (*_SETUP, "inference", "clean", "certified", "forwards"),
     )
 
 

@@ -316,6 +316,7 @@ def show(title: str, table: pd.DataFrame, columns: Iterable[str]) -> None:
 
     Columns that say how masks are made are left out where all rows have the same.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -325,9 +326,17 @@ def show(title: str, table: pd.DataFrame, columns: Iterable[str]) -> None:
     same = {name for name in how if table[name].nunique() == 1}
     chosen = [name for name in columns if name not in same]
     words = cells(table[chosen], intervals=False)
-    printed = Table(title=title, title_justify="left")
-    for heading in words:
-        printed.add_column(heading, justify="right")
+    printed = Table(
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 0, 0, 1),
+        caption_justify="left",
+    )
+    for heading, texts in words.items():
+        widest = max(map(len, (*heading.split(), *texts)))
+        printed.add_column(heading, justify="right", min_width=widest)
     for row in islice(zip(*words.values(), strict=True), _ROWS_SHOWN):
         printed.add_row(*row)
     if len(table) > _ROWS_SHOWN:

@@ -83,6 +83,8 @@ def certify(
 ) -> None:
     """Certify a data set: how many images keep their right label whatever a patch shows.
 
+    With --defense minority-reports, how many keep it or raise an alert, which is another promise.
+
     Needs a classifier (--weights, or --model with --weights or --pretrained) and an attacker
     (--patch or --covering), or a saved --defense. Ctrl-C keeps what is finished.
     """

@@ -28,7 +28,7 @@ class MinorityReports(OverMasks, ViewDetector):
     attacker can still force alerts. It is necessary and sufficient against an attacker who sets the
     labels and confidences of corrupted views freely (see ``aggregation.MinorityVote``). A larger
     ``tau`` alerts fewer clean images and certifies fewer; one certification tells the figures at
-    every ``tau``.
+    every ``tau``. For that ``certify`` evaluates every view, whatever its ``stop``.
 
     Args:
         model: from float32 images (N, C, H, W) in [0, 1] to logits (N, classes), in eval mode.
