@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Every run behind the tables of this folder. A run that was stopped goes on when called again.
-#   DATA=path/to/parquet/folders docs/results/run.sh mnist|cifar10|threats|location|detection|imagenette
+#   DATA=path/to/parquet/folders docs/results/run.sh NAME
+# NAME: mnist, cifar10, threats, location, detection, analyses or imagenette.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?a folder with mnist, cifar10 and imagenette in Parquet}
 OUT=${OUT:-docs/results}
 patchproof=${PATCHPROOF:-.venv/bin/patchproof}
 
-case ${1:?mnist, cifar10, threats, location, detection or imagenette} in
+case ${1:?mnist, cifar10, threats, location, detection, analyses or imagenette} in
   mnist)
     for masks in ${MASKS:-2 3 4 6 8}; do
       for patch in 5 2; do
@@ -69,6 +70,35 @@ case ${1:?mnist, cifar10, threats, location, detection or imagenette} in
     $patchproof certify --defense minority-reports --tau 0.8 --data "$DATA/cifar10" --patch 5 \
       --weights zoo/cifar10-greedy.safetensors --masks 6 --count 1000 --note "$note" \
       --out "$OUT/cifar10-5x5-k6-detection"
+    ;;
+  analyses)
+    for data in ${SETS:-mnist cifar10}; do
+      study=(--data "$DATA/$data" --weights "zoo/$data-greedy.safetensors" --out "$OUT/analyses-$data")
+      several=()
+      case $data in
+        mnist) study+=(--count 300) masks=2-7 several=(--multiplicity 1,2) ;;
+        cifar10) study+=(--count 150) masks=2,3,4,6 ;;
+      esac
+      $patchproof analyze budget "${study[@]}" --patch 5 --masks "$masks" --layout paper,balanced "${several[@]}"
+      $patchproof analyze inference "${study[@]}" --patch 5 --masks 2,3,4,6
+      $patchproof analyze overestimate "${study[@]}" --patch 5 --estimates 5,6,8,10 --masks 4
+      $patchproof analyze sizes "${study[@]}" --patches 2,4,5,6,8,10,12,16,20,24 --masks 4
+    done
+    # Object sizes: the box around a digit's ink stands for an annotation.
+    boxes=${TMPDIR:-/tmp}/mnist-boxes.csv
+    "$(dirname "$patchproof")/python" - "$DATA/mnist" "$boxes" <<'PYTHON'
+import sys
+from patchproof.datasets import load_dataset
+data = load_dataset(sys.argv[1], "test")
+with open(sys.argv[2], "w") as file:
+    print("index,top,left,height,width", file=file)
+    for index, image in enumerate(data.tensors()[0][:, 0]):
+        rows, columns = (image.any(axis).nonzero().flatten() for axis in (1, 0))
+        sides = (int(line[-1] - line[0]) + 1 for line in (rows, columns))
+        print(index, int(rows[0]), int(columns[0]), *sides, sep=",", file=file)
+PYTHON
+    $patchproof analyze objects "$OUT/mnist-5x5-k6-greedy" --boxes "$boxes" --out "$OUT/analyses-mnist"
+    $patchproof analyze objects "$OUT/cifar10-5x5-k6-greedy" --out "$OUT/analyses-cifar10"
     ;;
   imagenette)
     note="Weights as initialised: for timing and the report only. 224x224 images resized by their source"

@@ -75,7 +75,7 @@ class OnnxGraph(nn.Module):
             if "allocate memory" in str(error):
                 raise torch.OutOfMemoryError(str(error)) from error
             raise RunError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
-        scores = torch.from_numpy(np.concatenate(parts)).float()
+        scores = torch.from_numpy(np.concatenate(parts)[: len(values)]).float()
         if self.probabilities:
             scores = scores.clamp(min=torch.finfo(torch.float32).tiny).log()
         return scores.to(images.device)
