@@ -77,12 +77,12 @@ case ${1:?mnist, cifar10, threats, location, detection, analyses or imagenette} 
       several=()
       case $data in
         mnist) study+=(--count 300) masks=2-7 several=(--multiplicity 1,2) ;;
-        cifar10) study+=(--count 150) masks=2,3,4,6 ;;
+        cifar10) study+=(--count 100) masks=2,3,4,6 ;;
       esac
       $patchproof analyze budget "${study[@]}" --patch 5 --masks "$masks" --layout paper,balanced "${several[@]}"
       $patchproof analyze inference "${study[@]}" --patch 5 --masks 2,3,4,6
       $patchproof analyze overestimate "${study[@]}" --patch 5 --estimates 5,6,8,10 --masks 4
-      $patchproof analyze sizes "${study[@]}" --patches 2,4,5,6,8,10,12,16,20,24 --masks 4
+      $patchproof analyze sizes "${study[@]}" --patches 2,4,5,6,8,12,16,20,24 --masks 4
     done
     # Object sizes: the box around a digit's ink stands for an annotation.
     boxes=${TMPDIR:-/tmp}/mnist-boxes.csv
