@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Every run behind the tables of this folder. A run that was stopped goes on when called again.
 #   DATA=path/to/parquet/folders docs/results/run.sh NAME
-# NAME: mnist, cifar10, threats, location, detection, analyses or imagenette.
+# NAME: mnist, cifar10, training, threats, location, detection, analyses or imagenette.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?a folder with mnist, cifar10 and imagenette in Parquet}
 OUT=${OUT:-docs/results}
 patchproof=${PATCHPROOF:-.venv/bin/patchproof}
 
-case ${1:?mnist, cifar10, threats, location, detection, analyses or imagenette} in
+case ${1:?mnist, cifar10, training, threats, location, detection, analyses or imagenette} in
   mnist)
     for masks in ${MASKS:-2 3 4 6 8}; do
       for patch in 5 2; do
@@ -30,6 +30,13 @@ case ${1:?mnist, cifar10, threats, location, detection, analyses or imagenette} 
           --weights zoo/cifar10-$recipe.safetensors --patch $patch --masks 6 \
           --out "$OUT/cifar10-${patch}x${patch}-k6-$recipe"
       done
+    done
+    ;;
+  training)
+    # Table 5 with a small ResMLP: without squares, with squares, and fine-tuned with the worst masks.
+    for recipe in plain cutout greedy; do
+      $patchproof certify --data "$DATA/mnist" --count 500 --gallery 0 --patch 5 --masks 6 \
+        --weights "zoo/mnist-resmlp-$recipe.safetensors" --out "$OUT/mnist-5x5-k6-resmlp-$recipe"
     done
     ;;
   threats)
