@@ -142,11 +142,12 @@ class Corruption:
     """Which views which patch regions corrupt.
 
     Attributes:
-        patterns: (P, V) bool, distinct sets of corrupted views; of several patches, the sets that
-            combinations of one patch's ``largest`` sets corrupt together.
+        patterns: (P, V) bool, sets of corrupted views: of one patch, those of its regions, each
+            once; of several, what combinations of one patch's largest sets make.
         region_to_pattern: (R,) int64, the pattern of each region of a patch; of several patches,
             one of the largest sets of one patch that contains the region's own.
-        combinations: (P, K) int64, of K patches, the sets that each pattern combines; None for one.
+        combinations: (P, K) int64, of several patches, which of one patch's largest sets each
+            pattern combines; None for one patch.
     """
 
     patterns: Tensor
@@ -161,28 +162,26 @@ class Corruption:
     def combined(self, count: int) -> Corruption:
         """Return what ``count`` patches corrupt, where this is what one of them does.
 
+        Combinations of different largest sets, as many as there are patches, contain all others.
+
         Raises:
             PatchproofError: more combinations than fit into memory.
         """
         if count == 1:
             return self
         largest, dominated_by = _largest_sets(self.patterns)
-        total = math.comb(len(largest) + count - 1, count)
+        count = min(count, len(largest))
+        total = math.comb(len(largest), count)
         if total * largest.shape[1] > _MOST_ENTRIES:
             raise PatchproofError(
                 f"patch regions: expected combinations that fit into memory, got {total:,} of "
                 f"{count} patches over {largest.shape[1]:,} views: take fewer masks or patches"
             )
-        combinations = torch.combinations(torch.arange(len(largest)), count, with_replacement=True)
+        combinations = torch.combinations(torch.arange(len(largest)), count)
         patterns = largest[combinations[:, 0]]
         for column in combinations[:, 1:].T:
             patterns = patterns | largest[column]
         return Corruption(patterns, dominated_by[self.region_to_pattern], combinations)
-
-    def places_of(self, pattern: int) -> list[int]:
-        """Return a region of each patch that together corrupt the views of a pattern."""
-        sets = [pattern] if self.combinations is None else self.combinations[pattern].tolist()
-        return [int((self.region_to_pattern == one).nonzero()[0]) for one in sets]
 
     def spared(self) -> Tensor:
         """Return how many views each region leaves, (R,) int64: of several patches, at least."""

@@ -5,9 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from patchproof import Box, PatchproofError, RectanglePatch, SquarePatch
+from patchproof import (
+    AnyRectangle,
+    Box,
+    MultiplePatches,
+    PatchproofError,
+    RectanglePatch,
+    RectanglePatches,
+    SquarePatch,
+    StencilPatch,
+)
 from patchproof.cli.building import choose_slice, pick_device, read_rows
 from patchproof.cli.options import parse_memory, parse_model_option, parse_pair, parse_threat
 from patchproof.datasets import load_dataset
@@ -47,10 +58,36 @@ def test_what_is_no_memory_size_is_refused(text: str) -> None:
         ("0.4%", None, "corners", SquarePatch(2, "corners")),
         (None, 0.02, "anywhere", SquarePatch(5)),  # 20.48 pixels: 4x4 would be too small
         ("3", None, "1,2,10,12", SquarePatch(3, Box(1, 2, 10, 12))),
+        ("3x8,8x3", None, "anywhere", RectanglePatches([(3, 8), (8, 3)])),
+        ("any:10", None, "corners", AnyRectangle(10, "corners")),
+        ("any:1%", None, "anywhere", AnyRectangle(10)),
+        ("line:12x2@30", None, "anywhere", StencilPatch.line(12, 2, 30)),
+        ("line:4", None, "anywhere", StencilPatch.line(4)),
+        ("square:5@45", None, "anywhere", StencilPatch.square(5, 45)),
+        ("diamond:7.5", None, "anywhere", StencilPatch.diamond(7.5)),
+        ("parallelogram:4x6@-20", None, "anywhere", StencilPatch.parallelogram(4, 6, -20)),
+        ("2*5", None, "anywhere", MultiplePatches(2, SquarePatch(5))),
+        ("3 * any:4", None, "corners", MultiplePatches(3, AnyRectangle(4, "corners"))),
     ],
 )
 def test_threats(patch: str, covering: float, locations: str, threat: Any) -> None:
     assert parse_threat(patch, covering, locations, (32, 32)) == threat
+
+
+def test_a_share_of_the_pixels_is_read_as_its_digits_say() -> None:
+    """In binary 0.35 / 100 is a little less, and 34 pixels would be certified in place of 35."""
+    assert parse_threat("any:0.35%", None, "anywhere", (100, 100)) == AnyRectangle(35)
+
+
+def test_a_stencil_is_every_pixel_of_a_picture_that_is_not_black(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 4, 3), dtype=np.uint8)
+    pixels[1, 1], pixels[1, 2], pixels[2, 1] = (255, 255, 255), (0, 0, 4), (1, 0, 0)
+    Image.fromarray(pixels).save(tmp_path / "Shape.png")
+    threat = parse_threat(f"stencil:{tmp_path / 'Shape.png'}", None, "anywhere", (32, 32))
+    assert threat == StencilPatch(["##", "#."])
+    Image.fromarray(pixels[..., 0].astype(np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(PatchproofError, match="mode F"):
+        parse_threat(f"stencil:{tmp_path / 'float.tiff'}", None, "anywhere", (32, 32))
 
 
 @pytest.mark.parametrize(
@@ -64,6 +101,20 @@ def test_threats(patch: str, covering: float, locations: str, threat: Any) -> No
         ("5", None, "0,0,4,4", "holds a 5x5 patch"),
         ("5", None, "30,0,9,9", "inside the 32x32 image"),
         (None, 1.5, "anywhere", "fraction of pixels"),
+        ("0*5", None, "anywhere", "at least 1, got 0"),
+        ("2*3*5", None, "anywhere", "number of patches before"),
+        ("any:0", None, "anywhere", "max_pixels"),
+        ("any:200%", None, "anywhere", "fraction of pixels"),
+        ("any:9999999999", None, "anywhere", "any:10"),
+        ("any:99999999", None, "0,0,99999999,99999999", "inside the 32x32 image"),
+        ("blob:3", None, "anywhere", "diamond:7"),
+        ("diamond:3@4", None, "anywhere", "diamond:7"),
+        ("line:a", None, "anywhere", "numbers such as"),
+        ("line:" + "9" * 400, None, "anywhere", "numbers such as"),
+        ("diamond:99999", None, "anywhere", "within 4,096 pixels"),
+        ("line:-5", None, "anywhere", "positive lengths"),
+        ("parallelogram:4x6@90", None, "anywhere", "degrees"),
+        ("stencil:nowhere.png", None, "anywhere", "nowhere.png"),
     ],
 )
 def test_impossible_threats(patch: str, covering: float, locations: str, message: str) -> None:

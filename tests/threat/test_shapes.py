@@ -192,7 +192,26 @@ def test_a_threat_survives_being_saved(threat):
         (lambda: StencilPatch([[0, 0]]), "at least one pixel, got none"),
         (lambda: StencilPatch([[1, 0], [1]]), "rows of equal length"),
         (lambda: StencilPatch([]), "expected"),
-        (lambda: StencilPatch.line(0), "some area"),
+        (lambda: StencilPatch.line(0), "positive lengths"),
+        (lambda: StencilPatch.line(3, -1), "positive lengths"),
+        (lambda: StencilPatch.diamond(0), "some area"),
+        (lambda: StencilPatch.line(1e9), "within 4,096 pixels"),
+        (lambda: StencilPatch.diamond(float("inf")), "within 4,096 pixels"),
+        (lambda: SquarePatch(2, (1, 2)), "or a box"),
+        (lambda: RectanglePatches([5]), "expected \\(height, width\\)"),
+        (
+            lambda: MaskSet.for_threat(
+                MultiplePatches(2, SquarePatch(2)), (16, 16), (1, 3), (1, 2)
+            ),
+            "unions of masks coincide",
+        ),
+        (lambda: MaskSet.for_threat(SquarePatch(5), (224, 224), 224), "got 48,400"),
+        (
+            lambda: MaskSet(
+                (1, 4), ((0, 0, 1, 2), (0, 2, 1, 2)), MultiplePatches(2, SquarePatch(1))
+            ),
+            "some regions of 2 patches together",
+        ),
         (lambda: StencilPatch.diamond(9).regions((8, 9)), "no larger than the 8x9 image, got 9x9"),
         (lambda: MultiplePatches(0, SquarePatch(2)), "at least 1, got 0"),
         (lambda: MultiplePatches(2, MultiplePatches(2, SquarePatch(2))), "threat of one patch"),
@@ -205,6 +224,13 @@ def test_a_threat_survives_being_saved(threat):
 def test_bad_input_says_what_was_expected(make, message):
     with pytest.raises(PatchproofError, match=message):
         make()
+
+
+def test_more_patches_than_masks_are_as_many_as_masks():
+    """Of 20 patches on four masks, all four together are the only largest combination."""
+    masks = MaskSet.for_threat(MultiplePatches(20, SquarePatch(2)), (8, 8), 2)
+    assert len(masks) == 4 + 6 + 4 + 1
+    assert masks.multiplicity().tolist() == [1] * 49
 
 
 def test_balanced_masks_use_the_budget_that_the_papers_leave():

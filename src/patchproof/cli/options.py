@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -248,7 +249,7 @@ def parse_model_options(texts: list[str] | None) -> dict[str, Any]:
 
 def parse_pair(option: str, text: str) -> tuple[int, int]:
     """Return ``6`` as (6, 6) and ``6x4`` as (6, 4); at least 1 each."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip().lower())
+    match = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", text.strip().lower())
     if match is not None:
         first = int(match[1])
         second = first if match[2] is None else int(match[2])
@@ -294,7 +295,7 @@ def parse_threat(
         return SquarePatch(SquarePatch.covering(covering, image_size).height, place)
     text = patch.strip().lower()
     count, times, one = text.rpartition("*")
-    if times and not count.strip().isdecimal():
+    if times and not re.fullmatch(r"\d{1,6}", count.strip()):
         raise _misuse("--patch", "a number of patches before *, such as 2*5", patch)
     threat = _parse_patch(one.strip(), patch, place, image_size)
     if times:
@@ -316,9 +317,10 @@ def _parse_patch(text: str, patch: str, place: Place, image_size: tuple[int, int
     kind, colon, size = text.partition(":")
     if kind == "any":
         if size.endswith("%"):
-            share = AnyRectangle.of_share(_number(size[:-1], patch) / 100, image_size)
+            _number(size[:-1], patch)
+            share = AnyRectangle.of_share(Decimal(size[:-1].strip()) / 100, image_size)
             return AnyRectangle(share.max_pixels, place)
-        if not size.isdecimal():
+        if not re.fullmatch(r"\d{1,9}", size):
             raise _misuse("--patch", "any:10 (pixels) or any:1%", patch)
         return AnyRectangle(int(size), place)
     if kind == "stencil":
@@ -355,23 +357,27 @@ def _parse_patch(text: str, patch: str, place: Place, image_size: tuple[int, int
 
 
 def _number(text: str, patch: str) -> float:
-    if re.fullmatch(r"-?\d+(\.\d+)?", text.strip()) is None:
+    if re.fullmatch(r"-?\d{1,6}(\.\d{1,9})?", text.strip()) is None:
         raise _misuse("--patch", "numbers such as line:12x2@30", patch)
     return float(text)
 
 
 def _read_stencil(path: Path) -> Tensor:
-    """Return the pixels of a picture that are not black and not transparent, (h, w) bool."""
+    """Return the pixels of an 8-bit picture that are neither black nor transparent, (h, w) bool."""
     import numpy as np
     import torch
     from PIL import Image
 
     try:
         with Image.open(path) as picture:
-            pixels = np.array(picture.convert("LA"))
-    except OSError as error:
-        raise _misuse("--patch", "stencil:FILE with a picture", f"{path}: {error}") from error
-    return torch.from_numpy((pixels > 0).all(2))
+            if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+                raise ValueError(f"a picture of mode {picture.mode}")
+            pixels = np.array(picture.convert("RGBA"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise _misuse(
+            "--patch", "stencil:FILE with a grey or colour picture", f"{path}: {error}"
+        ) from error
+    return torch.from_numpy((pixels[..., :3] > 0).any(2) & (pixels[..., 3] > 0))
 
 
 def _parse_locations(text: str) -> Place:

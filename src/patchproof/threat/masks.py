@@ -91,7 +91,7 @@ class MaskSet:
     def multiplicity(self) -> Tensor:
         """Return how many masks cover each patch region of the threat, (R,) int64.
 
-        Of several patches, how many cover the worst combination of the region with others.
+        Of several patches, a number that cover the region with others at any place.
         """
         return self.threat.corruption(self.hidden().complements()).spared()
 
@@ -147,21 +147,30 @@ class MaskSet:
         if layout not in get_args(Layout):
             raise PatchproofError(f"layout: expected {get_args(Layout)}, got {layout!r}")
 
-        def grid(shape: Shape) -> list[Mask]:
-            rows, columns = (
+        def spans(shape: Shape) -> list[list[tuple[int, int]]]:
+            return [
                 _spans(n, p, k, c, layout)
                 for n, p, k, c in zip(
                     size, (shape.height, shape.width), budgets, multiplicities, strict=True
                 )
-            )
+            ]
+
+        def grid(shape: Shape) -> list[Mask]:
+            rows, columns = spans(shape)
             return [
                 tuple(box.shifted(top, left) for box in shape.swept(places_down, places_across))
                 for top, places_down in rows
                 for left, places_across in columns
             ]
 
-        def hidden_pixels(shape: Shape) -> int:
-            return sum(box.height * box.width for mask in grid(shape) for box in mask)
+        def hidden_pixels(rectangle: Shape) -> int:
+            heights, widths = (
+                sum(length + places - 1 for _, places in along)
+                for length, along in zip(
+                    (rectangle.height, rectangle.width), spans(rectangle), strict=True
+                )
+            )
+            return heights * widths
 
         patch = threat.patch if isinstance(threat, MultiplePatches) else threat
         if isinstance(patch, AnyRectangle):
@@ -178,26 +187,36 @@ class MaskSet:
             )
         else:
             covering = patch.shapes(size)
+        check_pairs(sum(math.prod(map(len, spans(shape))) for shape in covering))
         masks = _distinct([mask for shape in covering for mask in grid(shape)], size)
         if threat.patches > 1:
-            total = sum(math.comb(len(masks), count) for count in range(1, threat.patches + 1))
+            together = range(1, min(threat.patches, len(masks)) + 1)
+            total = sum(math.comb(len(masks), count) for count in together)
             check_pairs(total, f"the unions of up to {threat.patches} of {len(masks)} masks")
             unions = [
                 tuple(sorted({box for mask in chosen for box in mask}))
-                for count in range(1, threat.patches + 1)
+                for count in together
                 for chosen in combinations(masks, count)
             ]
             masks = _distinct(unions, size)
-        return cls(size, tuple(masks), threat)
+        mask_set = cls(size, tuple(masks), threat)
+        if int(mask_set.multiplicity().min()) < math.prod(multiplicities):
+            raise PatchproofError(
+                f"multiplicity: expected {threat.patches} patches to be inside "
+                f"{math.prod(multiplicities)} masks, got fewer, as unions of masks coincide: take "
+                "a smaller multiplicity or a larger budget"
+            )
+        return mask_set
 
     def _check_covering(self, hidden: PixelSets) -> None:
         corruption = self.threat.corruption(hidden.complements())
         bare = corruption.patterns.all(1).nonzero()
         if not len(bare):
             return
-        places = corruption.places_of(int(bare[0]))
-        regions = self.threat.regions(self.image_size)
-        where = " with ".join(str(regions.box(place)) for place in places)
+        where = f"some regions of {self.threat.patches} patches together"
+        if corruption.combinations is None:
+            place = int((corruption.region_to_pattern == bare[0]).nonzero()[0])
+            where = str(self.threat.regions(self.image_size).box(place))
         raise PatchproofError(
             f"mask set: expected masks that cover every patch region, got none that covers {where}"
         )
@@ -211,8 +230,9 @@ def listed_masks(masks: Iterable[Mask]) -> list[Any]:
 def unlisted_masks(values: Iterable[Any]) -> tuple[Mask, ...]:
     """Return the masks that ``listed_masks`` wrote."""
     return tuple(
-        tuple(Box(*box) for box in ([mask] if isinstance(mask[0], int) else mask))
+        tuple(Box(*box) for box in (mask if isinstance(mask[0], Sequence) else [mask]))
         for mask in values
+        if len(mask)
     )
 
 

@@ -178,7 +178,7 @@ class RectanglePatches(Threat):
     locations: Locations = "anywhere"
 
     def __init__(self, sizes: Iterable[Sequence[int]], locations: Locations = "anywhere") -> None:
-        listed = [tuple(size) for size in sizes]
+        listed = [tuple(size) if isinstance(size, Sequence) else (size,) for size in sizes]
         if not listed:
             raise PatchproofError("patch sizes: expected at least one, got none")
         for size in listed:
@@ -243,7 +243,7 @@ class AnyRectangle(Threat):
         object.__setattr__(self, "locations", _check_locations(self.locations, ()))
 
     @classmethod
-    def of_share(cls, fraction: float, image_size: ImageSize) -> AnyRectangle:
+    def of_share(cls, fraction: float | Decimal, image_size: ImageSize) -> AnyRectangle:
         """Return every rectangle of at most ``fraction`` of the image's pixels."""
         pixels = math.floor(_pixels(fraction, image_size))
         if not pixels:
@@ -284,9 +284,10 @@ class AnyRectangle(Threat):
         }
 
     def _room(self, image_size: ImageSize) -> tuple[int, int]:
+        height, width = image_size
         if isinstance(self.locations, Box):
-            return self.locations.height, self.locations.width
-        return image_size
+            return min(height, self.locations.height), min(width, self.locations.width)
+        return height, width
 
 
 @dataclass(frozen=True)
@@ -294,8 +295,9 @@ class StencilPatch(Threat):
     """One patch of any shape, with any content; it moves by whole pixels and does not turn.
 
     The constructors take every pixel whose area the shape touches. ``subpixel=True`` takes also
-    those that it touches when it is moved by less than a pixel, for stickers that do not keep to
-    the grid.
+    those that it touches when it is moved down and to the right by less than a pixel, for stickers
+    that do not keep to the grid. It contains every placement but those that end within a pixel of
+    the image's bottom or right border, where the larger stencil does not fit.
 
     Attributes:
         rows: the shape, ``#`` for its pixels and ``.`` for others.
@@ -351,7 +353,8 @@ class StencilPatch(Threat):
         if not -90 < degrees < 90:
             raise PatchproofError(f"parallelogram: expected degrees in (-90, 90), got {degrees!r}")
         slant = height * math.tan(math.radians(degrees))
-        corners = [(0.0, slant), (0.0, slant + width), (height, width), (height, 0.0)]
+        top_left, top_right, *bottom = _box_corners(height, width)
+        corners = [(0.0, slant + top_left[1]), (0.0, slant + top_right[1]), *bottom]
         name = f"{height:g}x{width:g} parallelogram at {degrees:g} degrees"
         return cls(touched_pixels(corners, subpixel), _sub(name, subpixel))
 
@@ -522,7 +525,12 @@ def _check_locations(locations: Locations, shapes: tuple[Shape, ...]) -> Locatio
                 f"locations: expected 'anywhere', 'corners' or a box, got {locations!r}"
             )
         return locations
-    box = Box(*locations)
+    try:
+        box = Box(*locations)
+    except TypeError as error:
+        raise PatchproofError(
+            f"locations: expected 'anywhere', 'corners' or a box, got {locations!r}"
+        ) from error
     height = max((shape.height for shape in shapes), default=1)
     width = max((shape.width for shape in shapes), default=1)
     if box.top < 0 or box.left < 0 or box.height < height or box.width < width:
@@ -555,12 +563,13 @@ def _listed(locations: Locations) -> str | list[int]:
     return locations if isinstance(locations, str) else list(locations)
 
 
-def _pixels(fraction: float, image_size: ImageSize) -> Decimal:
+def _pixels(fraction: float | Decimal, image_size: ImageSize) -> Decimal:
     """Return a share of the image's pixels, the fraction read as its decimal digits say."""
     height, width = check_image_size(image_size)
     if not 0 < fraction <= 1:
         raise PatchproofError(f"fraction of pixels: expected in (0, 1], got {fraction!r}")
-    return Decimal(repr(float(fraction))) * height * width
+    digits = fraction if isinstance(fraction, Decimal) else Decimal(repr(float(fraction)))
+    return digits * height * width
 
 
 def _stencil(pixels: Tensor | Sequence[Sequence[Any]]) -> Tensor:
@@ -577,6 +586,8 @@ def _stencil(pixels: Tensor | Sequence[Sequence[Any]]) -> Tensor:
 
 
 def _box_corners(height: float, width: float) -> list[Point]:
+    if not min(height, width) > 0:
+        raise PatchproofError(f"expected a patch of positive lengths, got {height:g} and {width:g}")
     return [(0.0, 0.0), (0.0, width), (height, width), (height, 0.0)]
 
 

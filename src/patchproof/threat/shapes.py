@@ -15,6 +15,9 @@ from patchproof.threat.regions import Box
 Point = tuple[float, float]
 """(row, column) in pixels; pixel (i, j) is the square from (i, j) to (i + 1, j + 1)."""
 
+_LONGEST = 4096
+"""Longest side of a drawn patch in pixels."""
+
 _SLIVER = 1e-9
 """A polygon that reaches no deeper than this into a pixel does not touch it (rounding)."""
 
@@ -97,15 +100,17 @@ def touched_pixels(corners: list[Point], subpixel: bool = False) -> Tensor:
     Args:
         corners: in order around the polygon.
         subpixel: count what the polygon touches at any offset of less than a pixel down and to the
-            right as well, so that whole-pixel placements of the result contain every placement of
-            the polygon.
+            right as well, so that the result at the whole pixels above and to the left of any
+            placement of the polygon contains it.
 
     Returns:
         (h, w) bool, with the polygon's top and left at 0.
 
     Raises:
-        PatchproofError: a polygon without area.
+        PatchproofError: a polygon without area, or too large for any image.
     """
+    if not all(abs(number) <= _LONGEST for corner in corners for number in corner):
+        raise PatchproofError(f"expected a patch within {_LONGEST:,} pixels, got corners {corners}")
     top, left = (min(corner[axis] for corner in corners) for axis in (0, 1))
     bottom, right = (max(corner[axis] for corner in corners) for axis in (0, 1))
     extra = 1 if subpixel else 0
