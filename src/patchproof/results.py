@@ -154,11 +154,6 @@ class Corruption:
     region_to_pattern: Tensor
     combinations: Tensor | None = None
 
-    @classmethod
-    def of(cls, seen: Tensor) -> Corruption:
-        """Group the regions of (R, V) bool ``seen`` by the views that see them."""
-        return cls(*distinct_rows(seen))
-
     def combined(self, count: int) -> Corruption:
         """Return what ``count`` patches corrupt, where this is what one of them does.
 

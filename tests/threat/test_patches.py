@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from patchproof.results import PatchproofError
-from patchproof.threat import Box, RectanglePatch, SquarePatch, threat_from_dict
+from patchproof.threat import Box, PixelSets, RectanglePatch, SquarePatch, threat_from_dict
 
 
 def test_every_placement_is_listed_once_up_to_the_last_row_and_column():
@@ -68,7 +68,8 @@ def test_bad_threats_say_what_was_expected(make, message):
 def test_a_view_sees_a_region_if_it_shows_one_pixel_of_it():
     regions = SquarePatch(2).regions((4, 5))
     visible = torch.rand(7, 4, 5, generator=torch.Generator().manual_seed(0)) < 0.2
-    seen = regions.seen_by(visible)
+    patterns, pattern = regions.patterns(PixelSets.of(visible))
+    seen = patterns[pattern]
     for index in range(len(regions)):
         top, left, height, width = regions.box(index)
         pixels = visible[:, top : top + height, left : left + width]

@@ -45,6 +45,12 @@ INVENTORY = {
         "--patch 5x7": "one rectangle, 5 pixels high and 7 wide",
         "--patch 2.4%": "one square of a share as papers name it (on 32x32: 0.4%, 2.4%; on "
         "224x224: 1%, 2%, 3%)",
+        "--patch 3x8,8x3": "one of several rectangles",
+        "--patch any:10": "any rectangle of at most 10 pixels; any:1%, of at most 1% of them",
+        "--patch line:12x2@30": "a bar 12 long, 2 thick, turned by 30 degrees; also square:5@45, "
+        "diamond:7, parallelogram:4x6@20",
+        "--patch stencil:FILE": "a patch of any shape, the pixels of a picture that are not black",
+        "--patch '2*5'": "two patches of 5x5 at once; in place of 5 any patch above",
         "--covering 0.02": "one square of at least 2% of the pixels, side rounded up",
         "--locations corners": "the patch in a corner, or in a box: top,left,height,width",
     },

@@ -98,10 +98,6 @@ class RectanglePatch(Threat):
         """List every placement inside the image and the allowed locations."""
         return _placements(self.shapes(image_size), image_size, self.locations)
 
-    def extent(self) -> tuple[int, int]:
-        """Return (height, width)."""
-        return self.height, self.width
-
     def label(self) -> str:
         """Return such as ``"5x5 square"``."""
         return f"{self.height}x{self.width} {self._noun}{_place_in_short(self.locations)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -101,12 +100,6 @@ class Regions:
     parts: Tensor
 
     @classmethod
-    def of(cls, image_size: ImageSize, regions: Iterable[Sequence[Box]]) -> Regions:
-        """Make regions, each the union of disjoint boxes."""
-        distinct = sorted({tuple(sorted(boxes)) for boxes in regions})
-        return cls.join(image_size, [torch.tensor([boxes]) for boxes in distinct])
-
-    @classmethod
     def join(cls, image_size: ImageSize, groups: list[Tensor]) -> Regions:
         """Join groups of distinct regions, (R, B, 4) int64 each.
 
@@ -129,25 +122,6 @@ class Regions:
         bottom = max(part.top + part.height for part in parts)
         right = max(part.left + part.width for part in parts)
         return Box(top, left, bottom - top, right - left)
-
-    def pixels(self, index: int) -> Tensor:
-        """Return the pixels of region ``index``, (H, W) bool."""
-        inside = torch.zeros(self.image_size, dtype=torch.bool)
-        for top, left, height, width in self.parts[index].tolist():
-            inside[top : top + height, left : left + width] = True
-        return inside
-
-    def seen_by(self, visible: Tensor) -> Tensor:
-        """Tell which views see at least one pixel of which regions, by counting pixels.
-
-        Args:
-            visible: (V, H, W) bool, the pixels of the image that each view shows the model.
-
-        Returns:
-            (R, V) bool.
-        """
-        patterns, pattern = self.patterns(PixelSets.of(visible))
-        return patterns[pattern]
 
     def patterns(self, visible: PixelSets) -> tuple[Tensor, Tensor]:
         """Group the regions by the views that see at least one of their pixels.
