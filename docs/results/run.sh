@@ -34,9 +34,9 @@ case ${1:?mnist, cifar10, training, threats, location, detection, analyses or im
     ;;
   training)
     # Table 5 with a small ResMLP: without squares, with squares, and fine-tuned with the worst masks.
-    for recipe in plain cutout greedy; do
+    for network in resmlp-plain resmlp-cutout resmlp-greedy vit-cutout; do
       $patchproof certify --data "$DATA/mnist" --count 500 --gallery 0 --patch 5 --masks 6 \
-        --weights "zoo/mnist-resmlp-$recipe.safetensors" --out "$OUT/mnist-5x5-k6-resmlp-$recipe"
+        --weights "zoo/mnist-$network.safetensors" --out "$OUT/mnist-5x5-k6-$network"
     done
     ;;
   threats)
