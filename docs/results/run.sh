@@ -68,6 +68,7 @@ case ${1:?mnist, cifar10, training, threats, location, detection, analyses or im
     for masks in ${EVERY:-6 8 24}; do
       $patchproof certify --data "$DATA/mnist" --weights zoo/mnist-greedy-every.safetensors \
         --patch 5 --masks "$masks" --count "$([ "$masks" = 24 ] && echo 50 || echo 500)" \
+        --gallery "$([ "$masks" = 24 ] && echo 0 || echo 9)" \
         --out "$OUT/mnist-5x5-k$masks-greedy-every"
     done
     ;;
