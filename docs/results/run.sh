@@ -80,6 +80,7 @@ case ${1:?mnist, cifar10, training, threats, location, detection, analyses or im
     $patchproof certify --defense minority-reports --tau 0.8 --data "$DATA/cifar10" --patch 5 \
       --weights zoo/cifar10-greedy.safetensors --masks 6 --count 1000 --note "$note" \
       --out "$OUT/cifar10-5x5-k6-detection"
+    "$(dirname "$patchproof")/python" docs/results/detection.py "$OUT" # after location and cifar10
     ;;
   analyses)
     for data in ${SETS:-mnist cifar10}; do

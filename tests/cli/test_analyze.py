@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -248,10 +249,10 @@ def test_ctrl_c_says_how_to_go_on(
 ) -> None:
     record = Archive.record
 
-    def interrupted(self: Archive, *arguments: object) -> object:
+    def interrupted(self: Archive, *arguments: Any) -> object:
         if self.forwards:
             raise KeyboardInterrupt
-        return record(self, *arguments)  # type: ignore[arg-type]
+        return record(self, *arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(Archive, "record", interrupted)

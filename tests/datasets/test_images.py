@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +12,9 @@ from patchproof.datasets.images import ArrayPictures, ImageDataset
 from patchproof.results import PatchproofError
 
 
-def dataset(pixels: np.ndarray, **changes: object) -> ImageDataset:
+def dataset(pixels: np.ndarray, **changes: Any) -> ImageDataset:
     count, height, width = pixels.shape[:3]
-    values = {
+    values: dict[str, Any] = {
         "name": "tiny",
         "split": "test",
         "class_names": ("a", "b"),
@@ -22,7 +24,7 @@ def dataset(pixels: np.ndarray, **changes: object) -> ImageDataset:
         "indices": torch.arange(count),
         "pictures": ArrayPictures(pixels, "tiny"),
     }
-    return ImageDataset(**(values | changes))  # type: ignore[arg-type]
+    return ImageDataset(**(values | changes))
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -88,9 +90,9 @@ def test_preprocessing_resizes_in_half_precision_too() -> None:
         {"interpolation": "lanczos"},
     ],
 )
-def test_impossible_preprocessing_is_refused(changes: dict[str, object]) -> None:
+def test_impossible_preprocessing_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(PatchproofError, match="expected"):
-        Preprocessed(nn.Identity(), **({"mean": (0.0,), "std": (1.0,)} | changes))  # type: ignore[arg-type]
+        Preprocessed(nn.Identity(), **({"mean": (0.0,), "std": (1.0,)} | changes))
 
 
 def test_specifications_survive_json() -> None:
@@ -169,7 +171,12 @@ def test_weights_that_cannot_be_fetched_are_a_failure(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("changes", [{"classes": 0}, {"channels": 0}, {"image_size": (0, 8)}])
-def test_impossible_specifications_are_refused(changes: dict[str, object]) -> None:
-    values = {"name": "tiny-resnet", "classes": 2, "channels": 1, "image_size": (8, 8)}
+def test_impossible_specifications_are_refused(changes: dict[str, Any]) -> None:
+    values: dict[str, Any] = {
+        "name": "tiny-resnet",
+        "classes": 2,
+        "channels": 1,
+        "image_size": (8, 8),
+    }
     with pytest.raises(PatchproofError, match="expected positive"):
-        ModelSpec(**(values | changes))  # type: ignore[arg-type]
+        ModelSpec(**(values | {"image_size": (8, 8)} | changes))

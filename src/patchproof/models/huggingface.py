@@ -6,6 +6,7 @@ safetensors files are read; code in them is never run.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -116,7 +117,7 @@ def build_transformers(name: str, spec: ModelSpec, pretrained: bool) -> Transfor
 def import_transformers() -> None:
     """Raise ``PatchproofError`` unless transformers is installed."""
     try:
-        import transformers  # noqa: F401
+        importlib.import_module("transformers")
     except ImportError as error:
         raise PatchproofError(
             "expected the extra hf for hf: models (pip install 'patchproof[hf]'), got none: "

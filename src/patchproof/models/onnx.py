@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,8 +160,8 @@ def build_onnx(name: str, spec: ModelSpec) -> OnnxClassifier:
 def import_onnxruntime() -> None:
     """Raise ``PatchproofError`` unless ONNX and ONNX Runtime are installed."""
     try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
+        for module in ("onnx", "onnxruntime"):
+            importlib.import_module(module)
     except ImportError as error:
         raise PatchproofError(
             "expected the extra onnx for onnx: models (pip install 'patchproof[onnx]'), got none: "

@@ -15,7 +15,7 @@ from patchproof.results import PatchproofError, distinct_rows
 from patchproof.threat.covering import least_staircase
 from patchproof.threat.patches import AnyRectangle, MultiplePatches, Threat
 from patchproof.threat.regions import Box, ImageSize, PixelSets, check_image_size
-from patchproof.threat.shapes import Shape
+from patchproof.threat.shapes import Shape, pixels_of
 
 Layout = Literal["paper", "balanced"]
 Mask = tuple[Box, ...]
@@ -78,11 +78,7 @@ class MaskSet:
 
     def masked(self) -> Tensor:
         """Return the pixels that each mask hides, (M, H, W) bool."""
-        masked = torch.zeros(len(self), *self.image_size, dtype=torch.bool)
-        for pixels, boxes in zip(masked, self.masks, strict=True):
-            for top, left, height, width in boxes:
-                pixels[top : top + height, left : left + width] = True
-        return masked
+        return torch.stack([pixels_of(boxes, self.image_size) for boxes in self.masks])
 
     def hidden(self) -> PixelSets:
         """Return the pixels that each mask hides."""
@@ -200,10 +196,11 @@ class MaskSet:
             ]
             masks = _distinct(unions, size)
         mask_set = cls(size, tuple(masks), threat)
-        if int(mask_set.multiplicity().min()) < math.prod(multiplicities):
+        least = math.prod(multiplicities)  # one mask over each region is checked already
+        if least > 1 and int(mask_set.multiplicity().min()) < least:
             raise PatchproofError(
                 f"multiplicity: expected {threat.patches} patches to be inside "
-                f"{math.prod(multiplicities)} masks, got fewer, as unions of masks coincide: take "
+                f"{least} masks, got fewer, as unions of masks coincide: take "
                 "a smaller multiplicity or a larger budget"
             )
         return mask_set
@@ -260,10 +257,7 @@ def _most_masks() -> int:
 
 def _distinct(masks: Sequence[Mask], image_size: ImageSize) -> list[Mask]:
     """Return the masks, in order, without those that hide the same pixels as an earlier one."""
-    pixels = torch.zeros(len(masks), *image_size, dtype=torch.bool)
-    for mask, boxes in zip(pixels, masks, strict=True):
-        for top, left, height, width in boxes:
-            mask[top : top + height, left : left + width] = True
+    pixels = torch.stack([pixels_of(boxes, image_size) for boxes in masks])
     first: dict[int, Mask] = {}
     which = distinct_rows(PixelSets.of(pixels).cells.flatten(1))[1]
     for number, mask_boxes in zip(which.tolist(), masks, strict=True):

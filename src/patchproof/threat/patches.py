@@ -455,8 +455,7 @@ class MultiplePatches(Threat):
 
 def threat_from_dict(values: dict[str, Any]) -> Threat:
     """Return the threat that ``Threat.to_dict`` wrote."""
-    locations = values.get("locations", "anywhere")
-    place: Locations = locations if isinstance(locations, str) else Box(*locations)  # type: ignore[assignment]
+    place = _check_locations(values.get("locations", "anywhere"), ())
     match values:
         case {"type": "rectangle", "height": int(height), "width": int(width)}:
             if height == width:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -55,10 +56,7 @@ class Shape:
     @cached_property
     def pixels(self) -> Tensor:
         """The patch as (height, width) bool."""
-        inside = torch.zeros(self.height, self.width, dtype=torch.bool)
-        for top, left, height, width in self.parts:
-            inside[top : top + height, left : left + width] = True
-        return inside
+        return pixels_of(self.parts, (self.height, self.width))
 
     @property
     def area(self) -> int:
@@ -74,6 +72,14 @@ class Shape:
             for left in range(columns):
                 swept[top : top + self.height, left : left + self.width] |= self.pixels
         return boxes_of(swept)
+
+
+def pixels_of(boxes: Iterable[Box], size: tuple[int, int]) -> Tensor:
+    """Return the pixels in a union of boxes, (H, W) bool."""
+    inside = torch.zeros(size, dtype=torch.bool)
+    for top, left, height, width in boxes:
+        inside[top : top + height, left : left + width] = True
+    return inside
 
 
 def boxes_of(pixels: Tensor) -> tuple[Box, ...]:
