@@ -26,17 +26,27 @@ def masks_in_words(masks: list[Any]) -> str:
     return f"{len(masks)}{unions} of {largest}{height}x{width}"
 
 
+def what_is_seen(manifest: dict[str, Any]) -> dict[str, str]:
+    """Return the masks of a run, or in the defense's own words what else it looks at."""
+    masks = manifest["identity"]["defense"].get("masks")
+    if masks:
+        return {"masks": masks_in_words(masks)}
+    return {"views": manifest["about"]["defense_words"]}
+
+
 def figures(summary: dict[str, Any]) -> dict[str, str]:
     """Return the accuracies of a run, by the heads of their columns."""
+    sound = summary.get("paper", "sound") == "sound"
+    paper = "paper condition" if sound else "paper condition (not sound)"
     names = {
         "vanilla_accuracy": "undefended, clean",
         "clean_accuracy": "defended, clean",
         "certified_accuracy": "certified",
-        "paper_accuracy": "paper condition",
+        "paper_accuracy": paper,
         "certified_detection_accuracy": "certified detection",
         "alert_rate": "alerts on clean images",
     }
-    return {head: percent(summary[name]) for name, head in names.items() if name in summary}
+    return {head: percent(summary[name]) for name, head in names.items() if summary.get(name)}
 
 
 def row(folder: Path) -> dict[str, str]:
@@ -46,7 +56,7 @@ def row(folder: Path) -> dict[str, str]:
     return {
         "run": folder.name,
         "patch": threat_from_dict(manifest["identity"]["threat"]).label(),
-        "masks": masks_in_words(defense["masks"]),
+        **what_is_seen(manifest),
         **({"tau": f"{defense['tau']:g}"} if "tau" in defense else {}),
         **figures(summary),
         "forwards an image": f"{summary['forwards_per_image']:,.1f}",

@@ -24,6 +24,9 @@ INVALID_LABEL = -1
 Kind = Literal["recovery", "detection"]
 """What a certificate promises: the right label, or the right label or an alert."""
 
+Paper = Literal["sound", "unsound"]
+"""Whether the criterion that a defense's paper states is a sound certificate."""
+
 ROUNDING = 1e-5
 """Scores that differ by no more than this share of their magnitude count as equal: about a hundred
 roundings of float32, of scores too large for a tolerance in logits."""

@@ -59,7 +59,7 @@ def certified_and_true(game, masks, classes):
     weights = (classes + 1) ** torch.arange(len(pairs))
     for label in range(classes):
         verdicts = aggregation.certify(outputs, torch.full((len(tables),), label), patterns)
-        paper = aggregation.paper_condition(outputs, torch.full((len(tables),), label))
+        paper = aggregation.paper_condition(outputs, torch.full((len(tables),), label), patterns)
         for pattern, verdict in zip(patterns, verdicts.T, strict=True):
             benign = ((tables + 1) * weights * ~pattern).sum(1)
             _, group = benign.unique(return_inverse=True)
@@ -123,10 +123,10 @@ def test_a_view_within_the_tolerance_counts_as_the_attackers(game):
     right = torch.zeros(1, dtype=torch.int64)
     aggregation = game(pair_to_view, TOLERANCE)
     assert aggregation.certify(outputs, right, patterns) == Verdict.HOLDS
-    assert aggregation.paper_condition(outputs, right)
+    assert aggregation.paper_condition(outputs, right, patterns)
     outputs.margins[0, 0] = TOLERANCE
     assert aggregation.certify(outputs, right, patterns) == Verdict.LOST
-    assert not aggregation.paper_condition(outputs, right)
+    assert not aggregation.paper_condition(outputs, right, patterns)
 
 
 def test_double_masking_ends_in_its_three_cases():

@@ -20,7 +20,7 @@ from patchproof import (
     StencilPatch,
 )
 from patchproof.cli.building import choose_slice, pick_device, read_rows
-from patchproof.cli.options import parse_memory, parse_model_option, parse_pair, parse_threat
+from patchproof.cli.options import parse_memory, parse_option, parse_pair, parse_threat
 from patchproof.datasets import load_dataset
 
 
@@ -178,10 +178,10 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     ],
 )
 def test_model_options_are_json_or_text(text: str, expected: tuple[str, object]) -> None:
-    assert parse_model_option(text) == expected
+    assert parse_option("--model-option", text) == expected
 
 
 @pytest.mark.parametrize("text", ["widths", "=3"])
 def test_model_options_need_a_name_and_a_value(text: str) -> None:
     with pytest.raises(PatchproofError, match="expected NAME=JSON"):
-        parse_model_option(text)
+        parse_option("--model-option", text)

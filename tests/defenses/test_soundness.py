@@ -15,7 +15,7 @@ from patchproof.datasets import load_dataset
 from patchproof.models import ModelSpec, load_classifier
 from patchproof.results import PatchproofError
 from patchproof.threat import Box, MaskSet
-from patchproof.training import CutoutRecipe, train_cutout
+from patchproof.training import CutoutRecipe, train
 
 SIZE = (9, 12)
 
@@ -381,7 +381,7 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Victim:
     )
     spec = ModelSpec("tiny-resnet", 10, 1, (8, 8), {"widths": [16, 32]})
     splits = (load_dataset("digits", split) for split in ("train", "validation"))
-    train_cutout(recipe, spec, *splits, out, device="cpu")
+    train(recipe, spec, *splits, out, device="cpu")
     model, _ = load_classifier(out / "model.safetensors")
     pixels, labels = load_dataset("digits", "test").tensors()
     images = pixels / 255

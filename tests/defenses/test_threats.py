@@ -64,7 +64,8 @@ def test_a_table_is_certified_if_and_only_if_no_choice_of_places_and_labels_beat
     outputs = every_table(views.count, classes)
     aggregation = game(views.pair_to_view, 0.0)
     right = torch.zeros(len(outputs.labels), dtype=torch.int64)
-    verdicts = aggregation.certify(outputs, right, views.corruption(threat).patterns)
+    patterns = views.corruption(threat).patterns
+    verdicts = aggregation.certify(outputs, right, patterns)
     certified = (verdicts == Verdict.HOLDS).all(1)
     wrong = (aggregation.predict(outputs)[0] != 0).float()
     weights = (classes + 1) ** torch.arange(views.count)
@@ -80,7 +81,7 @@ def test_a_table_is_certified_if_and_only_if_no_choice_of_places_and_labels_beat
     assert 0 < int(certified.sum()) < len(truth)
     if game is DoubleMasking:
         assert torch.equal(certified[finite], truth[finite])
-    assert not (aggregation.paper_condition(outputs, right) & ~certified).any()
+    assert not (aggregation.paper_condition(outputs, right, patterns) & ~certified).any()
 
 
 class Lookup(nn.Module):

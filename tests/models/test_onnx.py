@@ -361,7 +361,7 @@ def test_files_that_are_missing_or_something_else(write: Write, tmp_path: Path) 
 
 
 def test_published_weights_are_of_other_models(write: Write) -> None:
-    with pytest.raises(PatchproofError, match="expected a timm:, torchvision: or hf: model"):
+    with pytest.raises(PatchproofError, match="expected a timm:, token-drop:, torchvision: or hf:"):
         build_model(spec_of(write()), pretrained=True)
 
 

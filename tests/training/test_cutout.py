@@ -15,8 +15,8 @@ from patchproof.datasets import ImageDataset, load_dataset
 from patchproof.models import ModelSpec, build_model, load_classifier
 from patchproof.results import PatchproofError, RunError
 from patchproof.threat import SquarePatch
-from patchproof.training import CutoutRecipe, GreedyMasks, train_cutout
-from patchproof.training.cutout import make_optimizer, shift_and_flip
+from patchproof.training import CutoutRecipe, GreedyMasks, Recipe, train
+from patchproof.training.loop import make_optimizer, shift_and_flip
 from patchproof.training.masking import draw_candidates, random_squares
 
 RECIPE = CutoutRecipe(square_sizes=(2, 3), epochs=3, batch_size=64, shift=1, precision="32-true")
@@ -41,7 +41,7 @@ def trained(
     digits: tuple[ImageDataset, ImageDataset], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     out = tmp_path_factory.mktemp("trained") / "run"
-    train_cutout(RECIPE, SPEC, *digits, out, device="cpu")
+    train(RECIPE, SPEC, *digits, out, device="cpu")
     return out
 
 
@@ -128,7 +128,7 @@ class TestTraining:
     ) -> None:
         calls = 0
 
-        def interrupted(images: torch.Tensor, recipe: CutoutRecipe) -> torch.Tensor:
+        def interrupted(images: torch.Tensor, recipe: Recipe) -> torch.Tensor:
             nonlocal calls
             calls += 1
             if calls == 11:  # in the second epoch of 8 steps
@@ -137,11 +137,11 @@ class TestTraining:
 
         out = tmp_path / "run"
         with monkeypatch.context() as patch:
-            patch.setattr("patchproof.training.cutout.shift_and_flip", interrupted)
+            patch.setattr("patchproof.training.loop.shift_and_flip", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                train_cutout(RECIPE, SPEC, *digits, out, device="cpu")
+                train(RECIPE, SPEC, *digits, out, device="cpu")
         assert len(log_without_times(out)) == 1
-        train_cutout(RECIPE, SPEC, *digits, out, device="cpu")
+        train(RECIPE, SPEC, *digits, out, device="cpu")
         assert log_without_times(out) == log_without_times(trained)
         digest = load_classifier(trained / "model.safetensors")[1]["digest"]
         assert load_classifier(out / "model.safetensors")[1]["digest"] == digest
@@ -150,7 +150,7 @@ class TestTraining:
         self, digits: tuple[ImageDataset, ImageDataset], trained: Path
     ) -> None:
         before = (trained / "model.safetensors").stat().st_mtime_ns
-        best = train_cutout(RECIPE, SPEC, *digits, trained, device="cpu")
+        best = train(RECIPE, SPEC, *digits, trained, device="cpu")
         assert best["masked_accuracy"] == max(
             e["masked_accuracy"] for e in log_without_times(trained)
         )
@@ -160,18 +160,18 @@ class TestTraining:
         self, digits: tuple[ImageDataset, ImageDataset], trained: Path, tmp_path: Path
     ) -> None:
         with pytest.raises(PatchproofError, match="expected a new folder or one of this training"):
-            train_cutout(replace(RECIPE, seed=1), SPEC, *digits, trained, device="cpu")
+            train(replace(RECIPE, seed=1), SPEC, *digits, trained, device="cpu")
         with pytest.raises(PatchproofError, match="expected a new folder or one of this training"):
-            train_cutout(RECIPE, SPEC, digits[0].sample(500, 0), digits[1], trained, device="cpu")
+            train(RECIPE, SPEC, digits[0].sample(500, 0), digits[1], trained, device="cpu")
         shutil.copy(trained / "model.safetensors", tmp_path)
         with pytest.raises(PatchproofError, match="expected a new folder or one of this training"):
-            train_cutout(RECIPE, SPEC, *digits, tmp_path, device="cpu")
+            train(RECIPE, SPEC, *digits, tmp_path, device="cpu")
 
     def test_the_plain_recipe_chooses_by_clean_accuracy(
         self, digits: tuple[ImageDataset, ImageDataset], tmp_path: Path
     ) -> None:
         plain = replace(RECIPE, square_sizes=None, epochs=2)
-        best = train_cutout(plain, SPEC, *digits, tmp_path, device="cpu")
+        best = train(plain, SPEC, *digits, tmp_path, device="cpu")
         assert best["masked_accuracy"] is None
         assert best["clean_accuracy"] == max(
             e["clean_accuracy"] for e in log_without_times(tmp_path)
@@ -182,8 +182,8 @@ class TestTraining:
         self, digits: tuple[ImageDataset, ImageDataset], tmp_path: Path
     ) -> None:
         with pytest.raises(RunError, match="expected a finite loss"):
-            train_cutout(replace(RECIPE, learning_rate=1e30), SPEC, *digits, tmp_path, device="cpu")
-        train_cutout(replace(RECIPE, epochs=1), SPEC, *digits, tmp_path, device="cpu")
+            train(replace(RECIPE, learning_rate=1e30), SPEC, *digits, tmp_path, device="cpu")
+        train(replace(RECIPE, epochs=1), SPEC, *digits, tmp_path, device="cpu")
 
     def test_a_damaged_checkpoint_is_named(
         self, digits: tuple[ImageDataset, ImageDataset], trained: Path, tmp_path: Path
@@ -191,19 +191,19 @@ class TestTraining:
         out = shutil.copytree(trained, tmp_path / "copy")
         (out / "checkpoint.pt").write_bytes(b"damaged")
         with pytest.raises(RunError, match=r"checkpoint\.pt"):
-            train_cutout(RECIPE, SPEC, *digits, out, device="cpu")
+            train(RECIPE, SPEC, *digits, out, device="cpu")
 
     def test_data_that_do_not_fit_are_refused(
         self, digits: tuple[ImageDataset, ImageDataset], tmp_path: Path
     ) -> None:
         with pytest.raises(PatchproofError, match="expected images for ModelSpec"):
-            train_cutout(RECIPE, replace(SPEC, channels=3), *digits, tmp_path)
+            train(RECIPE, replace(SPEC, channels=3), *digits, tmp_path)
         with pytest.raises(PatchproofError, match="expected images of 9 classes, got 10"):
-            train_cutout(RECIPE, replace(SPEC, classes=9), *digits, tmp_path)
+            train(RECIPE, replace(SPEC, classes=9), *digits, tmp_path)
         with pytest.raises(PatchproofError, match="at least one batch of 64"):
-            train_cutout(RECIPE, SPEC, digits[0].sample(63, 0), digits[1], tmp_path)
+            train(RECIPE, SPEC, digits[0].sample(63, 0), digits[1], tmp_path)
         with pytest.raises(PatchproofError, match="expected a device and a precision"):
-            train_cutout(RECIPE, SPEC, *digits, tmp_path, device="abacus")
+            train(RECIPE, SPEC, *digits, tmp_path, device="abacus")
 
 
 class TestGreedyCutout:
@@ -212,7 +212,7 @@ class TestGreedyCutout:
     ) -> None:
         start = trained / "model.safetensors"
         still = replace(GREEDY, learning_rate=1e-12, weight_decay=0.0)
-        best = train_cutout(still, SPEC, *digits, tmp_path, device="cpu", start=start)
+        best = train(still, SPEC, *digits, tmp_path, device="cpu", start=start)
         before, start_card = load_classifier(start)
         after, card = load_classifier(tmp_path / "model.safetensors")
         for old, new in zip(before.parameters(), after.parameters(), strict=True):
@@ -228,7 +228,7 @@ class TestGreedyCutout:
     ) -> None:
         longer = replace(GREEDY, epochs=4, epoch_images=None)
         start = trained / "model.safetensors"
-        best = train_cutout(longer, SPEC, *digits, tmp_path, device="cpu", start=start)
+        best = train(longer, SPEC, *digits, tmp_path, device="cpu", start=start)
         log = log_without_times(tmp_path)
         assert best["masked_accuracy"] == max(entry["masked_accuracy"] for entry in log)
         assert best["masked_accuracy"] > log[0]["masked_accuracy"]
@@ -241,7 +241,7 @@ class TestGreedyCutout:
     ) -> None:
         calls = 0
 
-        def interrupted(images: torch.Tensor, recipe: CutoutRecipe) -> torch.Tensor:
+        def interrupted(images: torch.Tensor, recipe: Recipe) -> torch.Tensor:
             nonlocal calls
             calls += 1
             if calls == 4:  # in the second epoch of 2 steps
@@ -249,13 +249,13 @@ class TestGreedyCutout:
             return shift_and_flip(images, recipe)
 
         whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-        train_cutout(GREEDY, SPEC, *digits, whole, device="cpu")
+        train(GREEDY, SPEC, *digits, whole, device="cpu")
         with monkeypatch.context() as patch:
-            patch.setattr("patchproof.training.cutout.shift_and_flip", interrupted)
+            patch.setattr("patchproof.training.loop.shift_and_flip", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                train_cutout(GREEDY, SPEC, *digits, stopped, device="cpu")
+                train(GREEDY, SPEC, *digits, stopped, device="cpu")
         assert len(log_without_times(stopped)) == 1
-        train_cutout(GREEDY, SPEC, *digits, stopped, device="cpu")
+        train(GREEDY, SPEC, *digits, stopped, device="cpu")
         assert log_without_times(stopped) == log_without_times(whole)
         digests = {
             load_classifier(out / "model.safetensors")[1]["digest"] for out in tmp_path.iterdir()
@@ -278,7 +278,7 @@ class TestGreedyCutout:
             return choice
 
         monkeypatch.setattr("patchproof.training.masking.draw_candidates", recorded)
-        train_cutout(GREEDY, SPEC, digits[0], validation, tmp_path, device="cpu")
+        train(GREEDY, SPEC, digits[0], validation, tmp_path, device="cpu")
         first, second, *next_epoch = drawn
         assert not torch.equal(first, second)
         assert all(map(torch.equal, next_epoch, (first, second)))
@@ -290,20 +290,20 @@ class TestGreedyCutout:
         start = trained / "model.safetensors"
         wider = replace(SPEC, options={"widths": [8, 32]})
         with pytest.raises(PatchproofError, match=r"expected weights of ModelSpec.* to start from"):
-            train_cutout(RECIPE, wider, *digits, tmp_path, start=start)
+            train(RECIPE, wider, *digits, tmp_path, start=start)
         with pytest.raises(PatchproofError, match="to start from, got both"):
-            train_cutout(RECIPE, SPEC, *digits, tmp_path, start=start, pretrained=True)
+            train(RECIPE, SPEC, *digits, tmp_path, start=start, pretrained=True)
         with pytest.raises(PatchproofError, match="does not exist"):
-            train_cutout(RECIPE, SPEC, *digits, tmp_path, start=tmp_path / "nothing")
+            train(RECIPE, SPEC, *digits, tmp_path, start=tmp_path / "nothing")
         assert not list(tmp_path.iterdir())
 
     def test_other_start_weights_are_another_training(
         self, digits: tuple[ImageDataset, ImageDataset], trained: Path, tmp_path: Path
     ) -> None:
         once = replace(GREEDY, epochs=1)
-        train_cutout(once, SPEC, *digits, tmp_path / "scratch", device="cpu")
+        train(once, SPEC, *digits, tmp_path / "scratch", device="cpu")
         with pytest.raises(PatchproofError, match="expected a new folder or one of this training"):
-            train_cutout(
+            train(
                 once,
                 SPEC,
                 *digits,
@@ -317,13 +317,13 @@ class TestGreedyCutout:
     ) -> None:
         too_large = replace(GREEDY, greedy=GreedyMasks(SquarePatch(9)))
         with pytest.raises(PatchproofError, match="8"):
-            train_cutout(too_large, SPEC, *digits, tmp_path)
+            train(too_large, SPEC, *digits, tmp_path)
 
     def test_an_epoch_of_more_images_than_there_are_is_refused(
         self, digits: tuple[ImageDataset, ImageDataset], tmp_path: Path
     ) -> None:
         with pytest.raises(PatchproofError, match="at most the 512 training images, got 513"):
-            train_cutout(replace(GREEDY, epoch_images=513), SPEC, *digits, tmp_path)
+            train(replace(GREEDY, epoch_images=513), SPEC, *digits, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_small_transformers_and_mlps_learn_with_adamw(
         learning_rate=0.005,
         weight_decay=0.05,
     )
-    best = train_cutout(recipe, spec, *digits, tmp_path, device="cpu")
+    best = train(recipe, spec, *digits, tmp_path, device="cpu")
     log = log_without_times(tmp_path)
     assert log[-1]["loss"] < log[0]["loss"] - 0.15
     assert best["clean_accuracy"] > 0.2

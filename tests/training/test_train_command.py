@@ -116,7 +116,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("patchproof.training.train_cutout", interrupted)
+    monkeypatch.setattr("patchproof.training.train", interrupted)
     result = CliRunner().invoke(app, [*QUICK, "--out", str(tmp_path)])
     assert result.exit_code == 130
     assert "the same command goes on" in result.output

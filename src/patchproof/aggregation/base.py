@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from patchproof.detection import Thresholds
-from patchproof.results import Outputs
+from patchproof.results import Outputs, Paper
 
 Stop = Literal["first_lost_region", "never"]
 
@@ -47,6 +47,9 @@ class Aggregation(Protocol):
     needs_scores: bool
     """Whether ``Outputs.scores`` is read, or labels and margins alone."""
 
+    paper: Paper | None
+    """Whether the criterion that the defense's paper states is sound; None: it states none."""
+
     def next_views(self, outputs: Outputs, goal: Goal | None = None) -> Tensor:
         """Return the priority of each view, (N, V) float32; all 0 means that the image is decided.
 
@@ -63,7 +66,7 @@ class Aggregation(Protocol):
         """Return each pattern's verdict, (N, P) int8, sound whatever part of the views is known."""
         ...
 
-    def paper_condition(self, outputs: Outputs, labels: Tensor) -> Tensor:
+    def paper_condition(self, outputs: Outputs, labels: Tensor, patterns: Tensor) -> Tensor:
         """Return whether the paper's criterion holds, (N,) bool; unknown views fail it."""
         ...
 

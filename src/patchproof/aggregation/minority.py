@@ -11,7 +11,7 @@ from torch import Tensor
 
 from patchproof.aggregation.base import CERTAIN, Goal
 from patchproof.detection import Thresholds
-from patchproof.results import ALERT, INVALID_LABEL, ROUNDING, Case, Outputs, Verdict
+from patchproof.results import ALERT, INVALID_LABEL, ROUNDING, Case, Outputs, Paper, Verdict
 
 _MOST_ENTRIES = 2**22
 """Images times patterns times masks that are compared at once."""
@@ -60,6 +60,7 @@ class MinorityVote:
     """
 
     needs_scores = True
+    paper: Paper | None = None
 
     def __init__(self, tau: float, tolerance: float) -> None:
         self.tau = tau
@@ -96,7 +97,7 @@ class MinorityVote:
         verdict = torch.full(holds.shape, Verdict.UNKNOWN, dtype=torch.int8)
         return verdict.masked_fill(~not_lost, Verdict.LOST).masked_fill(holds, Verdict.HOLDS)
 
-    def paper_condition(self, outputs: Outputs, labels: Tensor) -> Tensor:
+    def paper_condition(self, outputs: Outputs, labels: Tensor, patterns: Tensor) -> Tensor:
         """Return False, (N,) bool: the paper states no other criterion."""
         return torch.zeros(len(labels), dtype=torch.bool)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from patchproof.aggregation.base import CERTAIN, Goal
-from patchproof.results import INVALID_LABEL, Outputs, Verdict
+from patchproof.results import INVALID_LABEL, Outputs, Paper, Verdict
 
 
 class PairAggregation(ABC):
@@ -29,6 +29,7 @@ class PairAggregation(ABC):
     """
 
     needs_scores = False
+    paper: Paper | None = "sound"
 
     def __init__(self, pair_to_view: Tensor, tolerance: float) -> None:
         self.pair_to_view = pair_to_view
@@ -75,7 +76,7 @@ class PairAggregation(ABC):
         verdict = torch.full(holds.shape, Verdict.UNKNOWN, dtype=torch.int8)
         return verdict.masked_fill(holds, Verdict.HOLDS).masked_fill(~not_lost, Verdict.LOST)
 
-    def paper_condition(self, outputs: Outputs, labels: Tensor) -> Tensor:
+    def paper_condition(self, outputs: Outputs, labels: Tensor, patterns: Tensor) -> Tensor:
         """Two-mask correctness (PatchCleanser, Definition 2, Algorithm 2), (N,) bool: sound."""
         right = (outputs.labels == labels[:, None]) & ~self._weak(outputs)
         return (outputs.known & right).all(1)

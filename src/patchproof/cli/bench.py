@@ -235,7 +235,7 @@ def open_bench(
     """Load the images and the classifier that the options of every analysis name."""
     from patchproof.cli.building import ModelOptions, build_classifier, choose_slice, use_threads
     from patchproof.datasets import load_dataset
-    from patchproof.defenses.over_masks import DEFAULT_FILL, DEFAULT_TOLERANCE
+    from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
 
     use_threads(threads)
     size = None if image_size is None else opt.parse_pair("--image-size", image_size)

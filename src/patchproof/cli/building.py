@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from patchproof.cli.feature_defenses import FEATURE_DEFENSES, build_feature_defense
 from patchproof.cli.options import parse_memory, parse_pair, parse_threat
 from patchproof.results import PatchproofError
 
@@ -16,11 +17,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from patchproof.datasets import ImageDataset
-    from patchproof.defenses import MinorityReports, PatchCleanser
+    from patchproof.defenses import NamedDefense
     from patchproof.models import ModelSpec
 
-NAMED_DEFENSES = ("patchcleanser", "minority-reports")
+NAMED_DEFENSES = ("patchcleanser", "minority-reports", *FEATURE_DEFENSES)
 """What ``--defense`` names; anything else is a file."""
+
+_DETECTORS = ("minority-reports", "patchguard++")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class DefenseOptions:
 
     Attributes:
         defense: one of ``NAMED_DEFENSES``, or the name of a file.
+        options: of defenses over features, the values of ``--defense-option`` by their names.
     """
 
     defense: str
@@ -57,11 +61,42 @@ class DefenseOptions:
     tolerance: float | None
     batch_size: int | None
     memory: str | None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def file(self) -> Path | None:
         """The file that holds the defense; None where it is named."""
         return None if self.defense in NAMED_DEFENSES else Path(self.defense)
+
+    def given(self) -> list[str]:
+        """Return the options for attacker and defense that are not at their default."""
+        return self.given_for_masks() + [
+            option
+            for option, is_given in {
+                "--patch": self.patch is not None,
+                "--covering": self.covering is not None,
+                "--locations": self.locations != "anywhere",
+                "--tau": self.tau is not None,
+                "--fill": self.fill is not None,
+                "--tolerance": self.tolerance is not None,
+                "--defense-option": bool(self.options),
+            }.items()
+            if is_given
+        ]
+
+    def given_for_masks(self) -> list[str]:
+        """Return the options for defenses over masks that are not at their default."""
+        return [
+            option
+            for option, is_given in {
+                "--masks": self.masks != "6",
+                "--multiplicity": self.multiplicity != "1",
+                "--layout": self.layout != "paper",
+                "--shapes": self.shapes is not None,
+                "--inference": self.inference != "double",
+            }.items()
+            if is_given
+        ]
 
 
 @dataclass(frozen=True)
@@ -97,7 +132,7 @@ def defend(
     image_size: tuple[int, int] | None = None,
     channels: int | None = None,
     classes: int | None = None,
-) -> tuple[PatchCleanser | MinorityReports, Classifier]:
+) -> tuple[NamedDefense, Classifier]:
     """Load a saved defense, or build one around the classifier that the options name.
 
     Args:
@@ -171,7 +206,7 @@ def build_classifier(
 
 def build_defense(
     options: DefenseOptions, classifier: Classifier, image_size: tuple[int, int]
-) -> PatchCleanser | MinorityReports:
+) -> NamedDefense:
     """Defend a classifier, with the fill that it was trained with unless the options say another.
 
     Raises:
@@ -180,37 +215,63 @@ def build_defense(
     """
     from patchproof.defenses import MinorityReports, PatchCleanser
     from patchproof.defenses.minority_reports import DEFAULT_TAU
-    from patchproof.defenses.over_masks import DEFAULT_FILL, DEFAULT_TOLERANCE
+    from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
 
-    detects = options.defense == "minority-reports"
-    if options.tau is not None and not detects:
-        raise PatchproofError(
-            f"--tau: expected with --defense minority-reports only, got {options.defense}"
-        )
-    if options.inference != "double" and detects:
-        raise PatchproofError("--inference: expected with --defense patchcleanser only")
+    _check_options(options)
     fills = (options.fill, classifier.fill, DEFAULT_FILL)
     threat = parse_threat(options.patch, options.covering, options.locations, image_size)
     shared: dict[str, Any] = {
         "image_size": image_size,
-        "masks_per_side": parse_pair("--masks", options.masks),
-        "multiplicity": parse_pair("--multiplicity", options.multiplicity),
-        "layout": options.layout,
-        "shapes": options.shapes,
         "fill": next(fill for fill in fills if fill is not None),
         "tolerance": DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance,
         "batch_size": options.batch_size,
         "memory_budget": None if options.memory is None else parse_memory(options.memory),
     }
-    if detects:
+    if options.defense in FEATURE_DEFENSES:
+        own = dict(options.options)
+        if options.tau is not None:
+            own["tau"] = options.tau
+        return build_feature_defense(options.defense, classifier.model, threat, own, **shared)
+    masks: dict[str, Any] = {
+        "masks_per_side": parse_pair("--masks", options.masks),
+        "multiplicity": parse_pair("--multiplicity", options.multiplicity),
+        "layout": options.layout,
+        "shapes": options.shapes,
+    }
+    if options.defense == "minority-reports":
         tau = DEFAULT_TAU if options.tau is None else options.tau
-        return MinorityReports(classifier.model, threat, tau=tau, **shared)
-    return PatchCleanser(classifier.model, threat, inference=options.inference, **shared)
+        return MinorityReports(classifier.model, threat, tau=tau, **masks, **shared)
+    return PatchCleanser(classifier.model, threat, inference=options.inference, **masks, **shared)
+
+
+def _check_options(options: DefenseOptions) -> None:
+    """Raise for options of another defense than the one that is named."""
+    over_masks = [name for name in NAMED_DEFENSES if name not in FEATURE_DEFENSES]
+    if options.tau is not None and options.defense not in _DETECTORS:
+        raise PatchproofError(
+            f"--tau: expected with --defense {' or '.join(_DETECTORS)} only, got {options.defense}"
+        )
+    if options.tau is not None and "tau" in options.options:
+        raise PatchproofError("expected one of --tau and --defense-option tau, got both")
+    if options.defense in FEATURE_DEFENSES:
+        if extra := options.given_for_masks():
+            raise PatchproofError(
+                f"{', '.join(extra)}: expected with --defense {' or '.join(over_masks)} only, "
+                f"got {options.defense}"
+            )
+        return
+    if options.options:
+        raise PatchproofError(
+            f"--defense-option: expected with --defense {', '.join(FEATURE_DEFENSES)} only, "
+            f"got {options.defense}"
+        )
+    if options.inference != "double" and options.defense != "patchcleanser":
+        raise PatchproofError("--inference: expected with --defense patchcleanser only")
 
 
 def _load_defense(
     path: Path, model_options: ModelOptions, defense_options: DefenseOptions
-) -> tuple[PatchCleanser | MinorityReports, Classifier]:
+) -> tuple[NamedDefense, Classifier]:
     from patchproof.defenses import load
     from patchproof.models import ModelSpec, read_card
 
@@ -218,23 +279,12 @@ def _load_defense(
         raise PatchproofError(
             f"--defense: expected {', '.join(NAMED_DEFENSES)} or a file, got {str(path)!r}"
         )
-    given = {
-        "--weights": model_options.weights is not None,
-        "--model": model_options.model is not None,
-        "--model-option": bool(model_options.options),
-        "--patch": defense_options.patch is not None,
-        "--covering": defense_options.covering is not None,
-        "--locations": defense_options.locations != "anywhere",
-        "--masks": defense_options.masks != "6",
-        "--multiplicity": defense_options.multiplicity != "1",
-        "--layout": defense_options.layout != "paper",
-        "--shapes": defense_options.shapes is not None,
-        "--inference": defense_options.inference != "double",
-        "--tau": defense_options.tau is not None,
-        "--fill": defense_options.fill is not None,
-        "--tolerance": defense_options.tolerance is not None,
-    }
-    extra = [name for name, is_given in given.items() if is_given]
+    extra = [
+        *(["--weights"] if model_options.weights is not None else []),
+        *(["--model"] if model_options.model is not None else []),
+        *(["--model-option"] if model_options.options else []),
+        *defense_options.given(),
+    ]
     if extra:
         raise PatchproofError(f"expected --defense FILE without {', '.join(extra)}, got both")
     card = read_card(path)

@@ -64,6 +64,7 @@ def certify(
     shapes: opt.Shapes = None,
     inference: opt.Inference = "double",
     tau: opt.Tau = None,
+    defense_option: opt.DefenseOption = None,
     fill: opt.Fill = None,
     tolerance: opt.Tolerance = None,
     stop: opt.Stop = "first_lost_region",
@@ -83,7 +84,8 @@ def certify(
 ) -> None:
     """Certify a data set: how many images keep their right label whatever a patch shows.
 
-    With --defense minority-reports, how many keep it or raise an alert, which is another promise.
+    With --defense minority-reports or patchguard++, how many keep it or raise an alert, which is
+    another promise.
 
     Needs a classifier (--weights, or --model with --weights or --pretrained) and an attacker
     (--patch or --covering), or a saved --defense. Ctrl-C keeps what is finished.
@@ -121,6 +123,7 @@ def certify(
             tolerance=tolerance,
             batch_size=batch_size,
             memory=memory,
+            options=opt.parse_defense_options(defense_option),
         ),
         dataset.image_size,
         dataset.channels,

@@ -41,7 +41,7 @@ def demo(
     from patchproof.models import ModelSpec, load_classifier
     from patchproof.report import write_report
     from patchproof.threat import SquarePatch
-    from patchproof.training import CutoutRecipe, train_cutout
+    from patchproof.training import CutoutRecipe, train
 
     use_threads(threads)
     weights, result = out / "model" / "model.safetensors", out / "result"
@@ -58,7 +58,7 @@ def demo(
         precision="32-true",
     )
     _say(f"1. Train a small network on {len(training)} digits with random squares on them.")
-    train_cutout(recipe, spec, training, validation, weights.parent, device="cpu")
+    train(recipe, spec, training, validation, weights.parent, device="cpu")
 
     _say(f"2. Defend it against any {_PATCH}x{_PATCH} patch anywhere, certify {len(test)} digits.")
     model, card = load_classifier(weights)

@@ -12,6 +12,12 @@ INVENTORY = {
     "models": {
         "small-resnet": "residual network for images of 28 to 32 pixels, trained from scratch",
         "tiny-resnet": "residual network for images of 8 pixels",
+        "bagnet": "local features of small receptive fields, for images of 28 to 32 pixels "
+        "(receptive_field, stride, widths, depth)",
+        "band-resnet": "runs on one band or block of the image alone (ablation, size, widths)",
+        "ablation-resnet": "sees which pixels are hidden (ablation, size, widths)",
+        "token-drop:NAME": "a vision transformer of timm that drops the tokens of hidden pixels, "
+        "such as token-drop:vit_tiny_patch16_224",
         "timm:NAME": "any classifier of timm, such as timm:resnet50",
         "torchvision:NAME": "any classifier of torchvision, such as torchvision:resnet18",
         "hf:NAME": "an image classifier of transformers: hub or hf:FOLDER (extra hf), such as "
@@ -39,6 +45,16 @@ INVENTORY = {
         "for any model",
         "minority-reports": "Minority Reports, one mask at a time, alerts from --tau on: certified "
         "detection for any model",
+        "patchguard": "robust masking of the window of largest evidence: certified recovery for "
+        "networks of small receptive fields (bagnet), or with --defense-option ablation=column:4",
+        "patchguard++": "PatchGuard++, one feature window at a time, alerts from --tau on: "
+        "certified detection for the same networks",
+        "clipped-bagnet": "the sum of tanh-clipped local logits",
+        "derandomized-smoothing": "votes of bands or blocks of the image",
+        "bagcert": "votes of local features",
+        "median": "the median of the features of each class",
+        "trimmed-mean": "their mean without the largest and smallest (trim)",
+        "top-masking": "their sum without the largest (count), for several patches too",
     },
     "threats": {
         "--patch 5": "one square of 5x5 pixels, anywhere",

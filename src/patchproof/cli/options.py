@@ -69,9 +69,21 @@ Defense = Annotated[
     str,
     typer.Option(
         metavar="NAME|FILE",
-        help="patchcleanser: the right label, whatever the patch shows; minority-reports: the "
-        "right label or an alert. Or a file saved by `defense.save` in Python: model, masks and "
-        "patch in one, which replaces the options for model, attacker and defense.",
+        help="The right label, whatever the patch shows, from masked images: patchcleanser; from "
+        "small parts of the image: patchguard, clipped-bagnet, derandomized-smoothing, bagcert, "
+        "median, trimmed-mean or top-masking. The right label or an alert: minority-reports or "
+        "patchguard++. Or a file saved by `defense.save` in Python: model, defense and patch in "
+        "one, which replaces the options for them.",
+        rich_help_panel=_DEFENSE,
+    ),
+]
+DefenseOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=JSON",
+        help="An option of a defense that looks at small parts of the image, such as "
+        "feature=confidence, ablation=column:4 or window=8 of patchguard. May be given several "
+        "times; another name lists those that the defense takes.",
         rich_help_panel=_DEFENSE,
     ),
 ]
@@ -80,8 +92,9 @@ Tau = Annotated[
     typer.Option(
         min=0.0,
         max=1.0,
-        help="minority-reports: the least confidence, from 0 to 1, with which a masked image "
-        "raises an alert; by default 0.8. A run tells the figures at every other tau as well.",
+        help="minority-reports, patchguard++: the least confidence, from 0 to 1, with which a "
+        "masked image raises an alert; by default 0.8. A run tells the figures at every other tau "
+        "as well.",
         rich_help_panel=_DEFENSE,
     ),
 ]
@@ -223,15 +236,19 @@ Threads = Annotated[
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def parse_model_option(text: str) -> tuple[str, Any]:
+def parse_option(option: str, text: str) -> tuple[str, Any]:
     """Return ``widths=[16,32]`` as ("widths", [16, 32]); what is not JSON is a string.
+
+    Args:
+        option: the option that takes it, for the message.
+        text: NAME=JSON.
 
     Raises:
         PatchproofError: no name or no ``=``.
     """
     name, equals, value = text.partition("=")
     if not name or not equals:
-        raise _misuse("--model-option", "NAME=JSON", text)
+        raise _misuse(option, "NAME=JSON", text)
     try:
         return name, json.loads(value)
     except json.JSONDecodeError:
@@ -244,7 +261,16 @@ def parse_model_options(texts: list[str] | None) -> dict[str, Any]:
     Raises:
         PatchproofError: no name or no ``=``.
     """
-    return dict(parse_model_option(text) for text in texts or [])
+    return dict(parse_option("--model-option", text) for text in texts or [])
+
+
+def parse_defense_options(texts: list[str] | None) -> dict[str, Any]:
+    """Return the values of ``--defense-option`` by their names.
+
+    Raises:
+        PatchproofError: no name or no ``=``.
+    """
+    return dict(parse_option("--defense-option", text) for text in texts or [])
 
 
 def parse_pair(option: str, text: str) -> tuple[int, int]:

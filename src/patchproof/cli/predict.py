@@ -15,7 +15,8 @@ from patchproof.cli import options as opt
 if TYPE_CHECKING:
     from patchproof.datasets import ImageDataset
     from patchproof.datasets.images import EncodedPictures
-    from patchproof.defenses import MinorityReports, PatchCleanser
+    from patchproof.defenses import NamedDefense
+    from patchproof.results import Case
 
 _AT_ONCE = 64
 """Image files that are read before their labels are printed."""
@@ -26,6 +27,8 @@ class Answer:
     """What is said about one image file; ``error`` is empty if it could be read.
 
     ``label`` is None where the file could not be read, and where a detector alerts.
+    ``patch_suspected`` is None where the defense does not tell: small parts of an image disagree
+    without a patch too.
     """
 
     file: str
@@ -41,11 +44,10 @@ class Answer:
         if self.label is None:
             return f"{self.file}: {self.case}, patch suspected, {self.forwards} forwards"
         name = "" if self.class_name is None else f" ({self.class_name})"
-        suspected = "patch suspected" if self.patch_suspected else "no patch suspected"
-        return (
-            f"{self.file}: {self.label}{name}, case {self.case}, {suspected}, "
-            f"{self.forwards} forwards"
-        )
+        words = {True: "patch suspected, ", False: "no patch suspected, ", None: ""}
+        suspected = words[self.patch_suspected]
+        forwards = f"{self.forwards} forward{'' if self.forwards == 1 else 's'}"
+        return f"{self.file}: {self.label}{name}, case {self.case}, {suspected}{forwards}"
 
 
 def predict(
@@ -71,6 +73,7 @@ def predict(
     shapes: opt.Shapes = None,
     inference: opt.Inference = "double",
     tau: opt.Tau = None,
+    defense_option: opt.DefenseOption = None,
     fill: opt.Fill = None,
     tolerance: opt.Tolerance = None,
     as_json: Annotated[
@@ -86,7 +89,8 @@ def predict(
     For each file: the robust label, its name if known, the case, and whether a patch is suspected.
     The case says how the label came about; "agreed" means that every masked image got the same
     label, anything else that some masked images disagreed, as they do when a patch is there. With
-    --defense minority-reports, "alert" in place of a label means that a patch is suspected.
+    --defense minority-reports or patchguard++, "alert" in place of a label means that a patch is
+    suspected. Other defenses that look at small parts of the image suspect nothing.
 
     Images must have the size that the classifier was made for, unless --image-size is given. A file
     that cannot be read is named, the others are still classified, and the exit code is 1.
@@ -115,6 +119,7 @@ def predict(
         tolerance=tolerance,
         batch_size=batch_size,
         memory=memory,
+        options=opt.parse_defense_options(defense_option),
     )
     made_for_a_size = options.file is not None or model is None
     size_of_files, channels = (None, None) if made_for_a_size else _survey(files)
@@ -141,7 +146,7 @@ def predict(
 
 
 def _answers(
-    defense: PatchCleanser | MinorityReports,
+    defense: NamedDefense,
     images: ImageDataset,
     files: Sequence[Path],
     class_names: Sequence[str] | None,
@@ -171,10 +176,20 @@ def _answers(
                     label=None if alerted else label,
                     class_name=None if alerted or class_names is None else class_names[label],
                     case=Case(case).name.lower(),
-                    patch_suspected=case not in (Case.AGREED, Case.OVERRULED),
+                    patch_suspected=_suspects(defense, Case(case)),
                     forwards=forwards,
                 )
         yield from (answers[position] for position in sorted(answers))
+
+
+def _suspects(defense: NamedDefense, case: Case) -> bool | None:
+    """Tell whether a case means that there may be a patch; None where it says nothing of that."""
+    from patchproof.defenses.over_masks import OverMasks
+    from patchproof.results import Case
+
+    if defense.kind == "detection":
+        return case == Case.ALERT
+    return case != Case.AGREED if isinstance(defense, OverMasks) else None
 
 
 def _pictures(files: Sequence[Path]) -> EncodedPictures:

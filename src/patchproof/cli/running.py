@@ -13,16 +13,23 @@ from rich.table import Table
 
 from patchproof.aggregation.base import Stop
 from patchproof.datasets import ImageDataset
-from patchproof.evaluation import DetectionSummary, Summary, certify_dataset
+from patchproof.evaluation import DetectionSummary, Proportion, Summary, certify_dataset
 from patchproof.evaluation import Progress as RunProgress
+from patchproof.evaluation.certifier import Certifier
+from patchproof.results import Paper
 
 if TYPE_CHECKING:
-    from patchproof.defenses import MinorityReports, PatchCleanser
     from patchproof.models import ModelSpec
+
+_PAPER: dict[Paper | None, str] = {
+    "sound": "the paper's condition",
+    "unsound": "the paper's condition (not sound)",
+    None: "",
+}
 
 
 def certify_and_show(
-    defense: PatchCleanser | MinorityReports,
+    defense: Certifier,
     dataset: ImageDataset,
     out: Path,
     *,
@@ -102,15 +109,13 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _table(summary: Summary | DetectionSummary, defense: PatchCleanser | MinorityReports) -> Table:
-    title = (
-        f"{summary.count} images against {defense.threat.describe()}; {len(defense.mask_set)} masks"
-    )
+def _table(summary: Summary | DetectionSummary, defense: Certifier) -> Table:
+    title = f"{summary.count} images against {defense.threat.describe()}; {defense.describe()}"
     table = Table(title=title, title_justify="left")
     table.add_column("")
     table.add_column("accuracy", justify="right")
     table.add_column("95% interval", justify="right")
-    shares = {"undefended, clean image": summary.vanilla_accuracy}
+    shares: dict[str, Proportion | None] = {"undefended, clean image": summary.vanilla_accuracy}
     if isinstance(summary, DetectionSummary):
         shares |= {
             "defended, clean image: right and no alert": summary.clean_accuracy,
@@ -123,9 +128,11 @@ def _table(summary: Summary | DetectionSummary, defense: PatchCleanser | Minorit
         shares |= {
             "defended, clean image": summary.clean_accuracy,
             "certified: right whatever the patch shows": summary.certified_accuracy,
-            "the paper's condition": summary.paper_accuracy,
+            _PAPER[summary.paper]: summary.paper_accuracy,
         }
     for name, share in shares.items():
+        if share is None:
+            continue
         table.add_row(name, f"{share.value:.1%}", f"{share.low:.1%} to {share.high:.1%}")
     table.caption = (
         f"{summary.forwards_per_image:.1f} model forwards per image, "

@@ -1,9 +1,9 @@
-"""``patchproof train``: make a classifier that is right under any two masks."""
+"""``patchproof train``: make a classifier for the views of a defense."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
 
 import typer
 
@@ -12,8 +12,38 @@ from patchproof.cli import options as opt
 if TYPE_CHECKING:
     from patchproof.datasets import ImageDataset
     from patchproof.models import ModelSpec
+    from patchproof.models.ablation import Ablation, AblationKind
+    from patchproof.training import Recipe
 
 _TRAINING = "Training"
+_LOCAL = "Training of local features and ablations"
+
+RecipeName = Literal[
+    "cutout",
+    "greedy-cutout",
+    "plain",
+    "ablation",
+    "masked-evidence",
+    "bagcert",
+    "clipped",
+    "median",
+    "trimmed-mean",
+    "top-masking",
+]
+_LOCAL_RECIPES = ("masked-evidence", "bagcert", "clipped", "median", "trimmed-mean", "top-masking")
+_WINDOW_RECIPES = ("masked-evidence", "bagcert", "trimmed-mean", "top-masking")
+_TAKEN_BY: dict[str, tuple[str, ...]] = {
+    "--squares": ("cutout",),
+    "--candidates": ("greedy-cutout",),
+    "--patch": ("greedy-cutout", *_WINDOW_RECIPES),
+    "--window": _WINDOW_RECIPES,
+    "--evidence-masks": ("masked-evidence",),
+    "--margin": ("bagcert",),
+    "--clean-share": _LOCAL_RECIPES,
+    "--ablation": ("ablation",),
+    "--bands": ("ablation",),
+}
+"""The recipes that an option belongs to; all others refuse it."""
 
 
 def train(
@@ -33,10 +63,13 @@ def train(
         ),
     ],
     recipe: Annotated[
-        Literal["cutout", "greedy-cutout", "plain"],
+        RecipeName,
         typer.Option(
             help="cutout: two random squares on every image; greedy-cutout: the two masks of the "
-            "defense (--patch, --masks) that hurt most, best with --start; plain: none."
+            "defense (--patch, --masks) that hurt most, best with --start; plain: none. "
+            "ablation: one random band or block of every image alone. For networks of local "
+            "features: masked-evidence, without the label's best window; bagcert, votes that lead "
+            "by a margin; clipped, median, trimmed-mean and top-masking, that statistic of them."
         ),
     ] = "cutout",
     root: Annotated[
@@ -49,9 +82,10 @@ def train(
     model: Annotated[
         str | None,
         typer.Option(
-            help="small-resnet (for about 28 to 32 pixels), tiny-resnet (for 8x8), timm:NAME, "
-            "torchvision:NAME, hf:NAME or python:package.module:factory. By default that of "
-            "--start, else one of the first two.",
+            help="small-resnet (for about 28 to 32 pixels), tiny-resnet (for 8x8), bagnet, "
+            "band-resnet, ablation-resnet, timm:NAME, torchvision:NAME, hf:NAME or "
+            "python:package.module:factory. By default that of --start, else the one that suits "
+            "the recipe and the size of the images.",
             rich_help_panel="Model",
         ),
     ] = None,
@@ -97,6 +131,57 @@ def train(
             help="Masks that greedy-cutout tries on an image, for the first and again for the "
             "second, drawn at random; by default 8. Each costs a forward pass.",
             rich_help_panel=_TRAINING,
+        ),
+    ] = None,
+    ablation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KIND:PIXELS",
+            help="What ablation keeps of an image: column:4, row:4 or block:8. By default what "
+            "the network was made for.",
+            rich_help_panel=_LOCAL,
+        ),
+    ] = None,
+    bands: Annotated[
+        int | None,
+        typer.Option(
+            help="How many bands or blocks ablation keeps; by default 1.",
+            rich_help_panel=_LOCAL,
+        ),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Instead of --patch: the features that a patch can corrupt, 6 (6x6) or 6x4 "
+            "(rows x columns).",
+            rich_help_panel=_LOCAL,
+        ),
+    ] = None,
+    evidence_masks: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=2,
+            help="Windows that masked-evidence takes from the label: 1, by default, as the paper "
+            "trains, or 2, as its certificate does; 2 needs --start from a good network.",
+            rich_help_panel=_LOCAL,
+        ),
+    ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Lead of the label that bagcert trains for, as a share of all votes; by default "
+            "2k / V if a patch (--patch or --window) corrupts k of V local features.",
+            rich_help_panel=_LOCAL,
+        ),
+    ] = None,
+    clean_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the loss that is that of plain, for recipes of local features; by "
+            "default 0.5, and 0 with --start.",
+            rich_help_panel=_LOCAL,
         ),
     ] = None,
     epochs: Annotated[
@@ -175,17 +260,34 @@ def train(
     device: opt.Device = "auto",
     threads: opt.Threads = None,
 ) -> None:
-    """Train a classifier to be right under any two masks, as PatchCleanser needs it.
+    """Train a classifier for what a defense shows it of an image.
 
-    The epoch is chosen on validation images under two masks, never on test images.
+    For PatchCleanser to be right under any two masks, for de-randomized smoothing from one band.
+    The epoch is chosen on validation images seen in the same way, never on test images.
     Ctrl-C keeps what the last whole epoch gave.
     """
     from patchproof.cli.building import use_threads
     from patchproof.datasets import load_dataset
     from patchproof.models import ModelSpec
     from patchproof.results import PatchproofError
-    from patchproof.training import CutoutRecipe, GreedyMasks, train_cutout
+    from patchproof.training import train as run
 
+    given = {
+        "--squares": squares,
+        "--candidates": candidates,
+        "--patch": patch,
+        "--window": window,
+        "--evidence-masks": evidence_masks,
+        "--margin": margin,
+        "--clean-share": clean_share,
+        "--ablation": ablation,
+        "--bands": bands,
+    }
+    for option, value in given.items():
+        if value is not None and recipe not in (suited := _TAKEN_BY[option]):
+            raise PatchproofError(
+                f"{option}: expected with --recipe {' or '.join(suited)} only, got {recipe}"
+            )
     use_threads(threads)
     size = None if image_size is None else opt.parse_pair("--image-size", image_size)
     training, validation = (
@@ -194,51 +296,92 @@ def train(
     )
     if count is not None:
         training = training.sample(count, seed)
-    greedy = None
-    if recipe == "greedy-cutout":
-        if patch is None:
-            raise PatchproofError("--patch: expected a size for --recipe greedy-cutout, got none")
-        if squares is not None:
-            raise PatchproofError("--squares: expected with --recipe cutout only")
-        greedy = GreedyMasks(
-            opt.parse_threat(patch, None, "anywhere", training.image_size),
-            opt.parse_pair("--masks", masks),
-            8 if candidates is None else candidates,
-        )
-    elif patch is not None or candidates is not None:
-        raise PatchproofError(
-            f"--patch and --candidates: expected with --recipe greedy-cutout only, got {recipe}"
-        )
-    default_lr, default_decay = (0.4, 5e-4) if optimizer == "sgd" else (0.001, 0.05)
-    if start is not None:
-        default_lr /= 10
-    settings = CutoutRecipe(
-        square_sizes=(squares or default_squares(training)) if recipe == "cutout" else None,
-        fill=fill,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=default_lr if lr is None else lr,
-        weight_decay=default_decay if weight_decay is None else weight_decay,
-        shift=shift,
-        flip=training.channels == 3 if flip is None else flip,
-        seed=seed,
-        precision=precision,
-        greedy=greedy,
-        optimizer=optimizer,
-        epoch_images=epoch_images,
-    )
     if start is not None and model is None:
         spec = spec_of(start)
     else:
         spec = ModelSpec(
-            model or ("small-resnet" if min(training.image_size) >= 24 else "tiny-resnet"),
+            model or default_model(recipe, training),
             len(training.class_names),
             training.channels,
             training.image_size,
             opt.parse_model_options(model_option),
         )
+    default_lr, default_decay = (0.4, 5e-4) if optimizer == "sgd" else (0.001, 0.05)
+    if start is not None:
+        default_lr /= 10
+    common: dict[str, Any] = {
+        "fill": fill,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "learning_rate": default_lr if lr is None else lr,
+        "weight_decay": default_decay if weight_decay is None else weight_decay,
+        "shift": shift,
+        "flip": training.channels == 3 if flip is None else flip,
+        "seed": seed,
+        "precision": precision,
+        "optimizer": optimizer,
+        "epoch_images": epoch_images,
+    }
+    if recipe in _LOCAL_RECIPES:
+        common["clean_share"] = (start is None) / 2 if clean_share is None else clean_share
+    settings: Recipe
+    match recipe:
+        case "masked-evidence":
+            from patchproof.training import MaskedEvidenceRecipe
+
+            settings = MaskedEvidenceRecipe(
+                window=corrupted_features(spec, patch, window).window,
+                masks=1 if evidence_masks is None else evidence_masks,
+                **common,
+            )
+        case "bagcert":
+            from patchproof.training import BagCertRecipe
+
+            if margin is None:
+                corrupted = corrupted_features(spec, patch, window)
+                margin = 2 * corrupted.count / corrupted.features
+            elif patch is not None or window is not None:
+                raise PatchproofError("expected --margin, or --patch or --window, got both")
+            settings = BagCertRecipe(margin=margin, **common)
+        case "clipped":
+            from patchproof.training import ClippedRecipe
+
+            settings = ClippedRecipe(**common)
+        case "median":
+            from patchproof.training import RankRecipe
+
+            settings = RankRecipe(statistic="median", **common)
+        case "trimmed-mean" | "top-masking":
+            from patchproof.training import RankRecipe
+
+            trim = corrupted_features(spec, patch, window).count
+            settings = RankRecipe(statistic=recipe, trim=trim, **common)
+        case "ablation":
+            from patchproof.training import AblationRecipe
+
+            settings = AblationRecipe(
+                ablation=choose_ablation(spec, ablation),
+                bands=1 if bands is None else bands,
+                **common,
+            )
+        case "cutout" | "greedy-cutout" | "plain":
+            from patchproof.training import CutoutRecipe, GreedyMasks
+
+            greedy = None
+            if recipe == "greedy-cutout":
+                if patch is None:
+                    raise PatchproofError(
+                        "--patch: expected a size for --recipe greedy-cutout, got none"
+                    )
+                greedy = GreedyMasks(
+                    opt.parse_threat(patch, None, "anywhere", training.image_size),
+                    opt.parse_pair("--masks", masks),
+                    8 if candidates is None else candidates,
+                )
+            chosen = (squares or default_squares(training)) if recipe == "cutout" else None
+            settings = CutoutRecipe(square_sizes=chosen, greedy=greedy, **common)
     try:
-        best = train_cutout(
+        best = run(
             settings,
             spec,
             training,
@@ -251,13 +394,86 @@ def train(
     except KeyboardInterrupt as interrupt:
         typer.echo(f"patchproof: stopped; the same command goes on from {out}", err=True)
         raise typer.Exit(130) from interrupt
-    masked = best["masked_accuracy"]
-    masks_in_words = "two random squares" if greedy is None else "the two masks that hurt most"
-    typer.echo(
-        f"{out / 'model.safetensors'}: epoch {best['epoch']}, validation accuracy "
-        f"{best['clean_accuracy']:.2%}"
-        + ("" if masked is None else f", under {masks_in_words} {masked:.2%}")
-    )
+    typer.echo(f"{out / 'model.safetensors'}: epoch {best['epoch']}, {settings.describe(best)}")
+
+
+def default_model(recipe: RecipeName, dataset: ImageDataset) -> str:
+    """Return the network of our own that suits a recipe and the size of the images."""
+    if recipe == "ablation":
+        return "band-resnet"
+    if recipe in _LOCAL_RECIPES:
+        return "bagnet"
+    return "small-resnet" if min(dataset.image_size) >= 24 else "tiny-resnet"
+
+
+def choose_ablation(spec: ModelSpec, text: str | None) -> Ablation:
+    """Return the ablation of ``--ablation``, by default the one that the network was made for.
+
+    Raises:
+        PatchproofError: neither, or an ablation that cannot be read.
+    """
+    from patchproof.models import build_model
+    from patchproof.models.ablation import Ablation
+    from patchproof.results import PatchproofError
+
+    if text is None:
+        made_for = getattr(build_model(spec), "ablation", None)
+        if made_for is None:
+            raise PatchproofError(
+                f"--ablation: expected what to keep of an image for {spec.name}, such as column:4, "
+                "got none"
+            )
+        assert isinstance(made_for, Ablation)
+        return made_for
+    kind, _, size = text.strip().lower().partition(":")
+    if kind not in ("column", "row", "block") or not size.isdecimal():
+        raise PatchproofError(f"--ablation: expected column:4, row:4 or block:8, got {text!r}")
+    return Ablation(cast("AblationKind", kind), int(size))
+
+
+class CorruptedFeatures(NamedTuple):
+    """What a patch can corrupt of the local features of an image.
+
+    Attributes:
+        window: (rows, columns) that hold all that one place of the patch corrupts.
+        count: the most features that one place corrupts.
+        features: of the whole image.
+    """
+
+    window: tuple[int, int]
+    count: int
+    features: int
+
+
+def corrupted_features(spec: ModelSpec, patch: str | None, window: str | None) -> CorruptedFeatures:
+    """Return what ``--patch``, or instead ``--window``, can corrupt of a network's local features.
+
+    Raises:
+        PatchproofError: neither or both, a network without local features, or a patch that
+            corrupts more than a window can hold.
+    """
+    from patchproof.defenses.feature_windows import choose_windows
+    from patchproof.models import build_model
+    from patchproof.results import PatchproofError
+    from patchproof.training.evidence import check_local_logits, feature_map
+    from patchproof.views import LocalFeatureViews
+
+    if (patch is None) == (window is None):
+        raise PatchproofError(
+            "--patch or --window: expected one of them for this recipe, got "
+            + ("none" if patch is None else "both")
+        )
+    network = build_model(spec)
+    check_local_logits(network)
+    if window is not None:
+        rows, columns = opt.parse_pair("--window", window)
+        height, width = feature_map(network, spec)
+        return CorruptedFeatures((rows, columns), rows * columns, height * width)
+    threat = opt.parse_threat(patch, None, "anywhere", spec.image_size)
+    views = LocalFeatureViews(network, spec.image_size, spec.channels)
+    corruption = views.corruption(threat)
+    size = choose_windows(views, corruption, threat, spec.image_size).size
+    return CorruptedFeatures(size, int(corruption.patterns.sum(1).max()), views.count)
 
 
 def spec_of(start: Path) -> ModelSpec:

@@ -1,8 +1,29 @@
 """The named systems: each is views and an aggregation, evaluated by one loop."""
 
-from patchproof.defenses.loading import load
+from patchproof.defenses.bagcert import BagCert
+from patchproof.defenses.clipped_bagnet import ClippedBagNet
+from patchproof.defenses.derandomized_smoothing import DerandomizedSmoothing
+from patchproof.defenses.loading import FeatureDefense, NamedDefense, load
 from patchproof.defenses.minority_reports import MinorityReports
 from patchproof.defenses.patchcleanser import PatchCleanser
+from patchproof.defenses.patchguard import PatchGuard, TopCertification
+from patchproof.defenses.patchguard_plus_plus import PatchGuardPlusPlus
+from patchproof.defenses.robust_statistics import RobustStatistics
 from patchproof.defenses.view_defense import ViewDefense, ViewDetector
 
-__all__ = ["MinorityReports", "PatchCleanser", "ViewDefense", "ViewDetector", "load"]
+__all__ = [
+    "BagCert",
+    "ClippedBagNet",
+    "DerandomizedSmoothing",
+    "FeatureDefense",
+    "MinorityReports",
+    "NamedDefense",
+    "PatchCleanser",
+    "PatchGuard",
+    "PatchGuardPlusPlus",
+    "RobustStatistics",
+    "TopCertification",
+    "ViewDefense",
+    "ViewDetector",
+    "load",
+]

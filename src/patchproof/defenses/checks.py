@@ -66,3 +66,10 @@ def check_label_range(labels: Tensor, classes: int) -> None:
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise PatchproofError(f"labels: expected 0 to {classes - 1}, got {int(wrong[0])}")
+
+
+def check_tau(tau: object) -> float:
+    """Return a confidence in [0, 1], or raise."""
+    if isinstance(tau, (int, float)) and 0.0 <= tau <= 1.0:
+        return float(tau)
+    raise PatchproofError(f"tau: expected a confidence in [0, 1], got {tau!r}")

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
+from patchproof.defenses.bagcert import BagCert
+from patchproof.defenses.clipped_bagnet import ClippedBagNet
+from patchproof.defenses.derandomized_smoothing import DerandomizedSmoothing
 from patchproof.defenses.minority_reports import MinorityReports
 from patchproof.defenses.patchcleanser import PatchCleanser
+from patchproof.defenses.patchguard import PatchGuard
+from patchproof.defenses.patchguard_plus_plus import PatchGuardPlusPlus
+from patchproof.defenses.robust_statistics import RobustStatistics
 from patchproof.models import load_classifier
 from patchproof.results import PatchproofError
 
-_TYPES: dict[str, type[PatchCleanser] | type[MinorityReports]] = {
-    defense.__name__: defense for defense in (PatchCleanser, MinorityReports)
+FeatureDefense = (
+    PatchGuard
+    | PatchGuardPlusPlus
+    | ClippedBagNet
+    | DerandomizedSmoothing
+    | BagCert
+    | RobustStatistics
+)
+NamedDefense = PatchCleanser | MinorityReports | FeatureDefense
+
+_TYPES: dict[str, type[NamedDefense]] = {
+    defense.__name__: defense for defense in get_args(NamedDefense)
 }
 
 
-def load(
-    path: Path | str, *, device: str = "cpu", allow_code: bool = False
-) -> PatchCleanser | MinorityReports:
+def load(path: Path | str, *, device: str = "cpu", allow_code: bool = False) -> NamedDefense:
     """Load a defense that its ``save`` wrote, with its model in eval mode on ``device``.
 
     Args:

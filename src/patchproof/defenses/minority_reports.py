@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from patchproof.aggregation import MinorityVote
-from patchproof.defenses.over_masks import DEFAULT_FILL, DEFAULT_TOLERANCE, OverMasks
+from patchproof.defenses.checks import check_tau
+from patchproof.defenses.over_masks import OverMasks
+from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
 from patchproof.defenses.view_defense import ViewDetector
 from patchproof.detection import TradeOff
-from patchproof.results import PatchproofError
 from patchproof.threat import MaskSet, Threat
 from patchproof.threat.masks import Layout
 from patchproof.threat.regions import ImageSize
@@ -71,9 +72,7 @@ class MinorityReports(OverMasks, ViewDetector):
         batch_size: int | None = None,
         memory_budget: int | None = None,
     ) -> None:
-        if not (isinstance(tau, (int, float)) and 0.0 <= tau <= 1.0):
-            raise PatchproofError(f"tau: expected a confidence in [0, 1], got {tau!r}")
-        self.tau = float(tau)
+        self.tau = check_tau(tau)
         masks = self._take_masks(
             threat,
             image_size,

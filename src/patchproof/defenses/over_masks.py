@@ -2,46 +2,30 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from torch import nn
 
-from patchproof.models import ModelSpec, save_classifier
-from patchproof.results import PatchproofError
+from patchproof.defenses.saved import SavedDefense
 from patchproof.threat import MaskSet, Threat, threat_from_dict
 from patchproof.threat.masks import Layout, listed_masks, per_axis
 from patchproof.threat.regions import ImageSize
 
-DEFAULT_FILL = 0.5
-DEFAULT_TOLERANCE = 1e-3
-
 _GRID = ("masks_per_side", "multiplicity", "layout", "shapes")
 
 
-class OverMasks(ABC):
+class OverMasks(SavedDefense):
     """A defense that puts the masks of a set on the image.
 
     Attributes:
         mask_set: the masks.
         grid: how they were made, as JSON values, where they are a grid for the threat; else None
             for each entry.
-        fill: the value that masked pixels take in every channel.
-        tolerance: views within it count as corrupted.
     """
 
-    model: nn.Module
-    threat: Threat
-    image_size: ImageSize
     mask_set: MaskSet
     grid: Mapping[str, Any]
-    fill: float
-    tolerance: float
-
-    _OWN: ClassVar[tuple[str, ...]]
-    """The arguments that the defense takes beyond masks, fill and tolerance."""
 
     def _take_masks(
         self,
@@ -57,10 +41,7 @@ class OverMasks(ABC):
         shapes: int | None,
     ) -> MaskSet:
         """Keep the given masks, or make a grid of them, and return them."""
-        if not tolerance >= 0:
-            raise PatchproofError(f"tolerance: expected a number >= 0, got {tolerance!r}")
-        self.fill = fill
-        self.tolerance = tolerance
+        self._take(fill, tolerance)
         self.grid = dict.fromkeys(_GRID)
         if mask_set is None:
             self.grid = {
@@ -76,6 +57,10 @@ class OverMasks(ABC):
             mask_set = MaskSet(image_size, mask_set.masks, threat)
         self.mask_set = mask_set
         return mask_set
+
+    def describe(self) -> str:
+        """Say how many masks there are."""
+        return f"{len(self.mask_set)} masks"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all that decides the labels and certificates, but the model, as JSON values."""
@@ -105,22 +90,3 @@ class OverMasks(ABC):
         )
         defense.grid = {name: values.get(name) for name in _GRID}
         return defense
-
-    def save(
-        self, path: Path | str, spec: ModelSpec, made: Mapping[str, Any] | None = None
-    ) -> None:
-        """Write the defense and the weights of its model to one safetensors file.
-
-        The card in the file's metadata holds the defense, the model's specification, the digest of
-        its weights and how it was made. ``patchproof.load`` reads it, and ``load_classifier`` the
-        model alone.
-
-        Args:
-            path: where; an existing file is replaced whole.
-            spec: what the model is built from (``python:package.module:factory`` for your own).
-            made: how the model was made, as JSON values.
-
-        Raises:
-            RunError: the file cannot be written.
-        """
-        save_classifier(path, self.model, spec, {**(made or {}), "defense": self.to_dict()})

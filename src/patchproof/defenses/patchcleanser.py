@@ -7,7 +7,8 @@ from typing import Literal
 from torch import nn
 
 from patchproof.aggregation import ChallengerGame, DoubleMasking
-from patchproof.defenses.over_masks import DEFAULT_FILL, DEFAULT_TOLERANCE, OverMasks
+from patchproof.defenses.over_masks import OverMasks
+from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
 from patchproof.defenses.view_defense import ViewDefense
 from patchproof.results import PatchproofError
 from patchproof.threat import MaskSet, Threat

@@ -34,8 +34,10 @@ from patchproof.results import (
     INVALID_LABEL,
     Certificates,
     Certification,
+    Corruption,
     Kind,
     Outputs,
+    Paper,
     PatchproofError,
     Prediction,
     Verdict,
@@ -69,6 +71,7 @@ class ViewSystem(ABC, Generic[C]):
         memory_budget: bytes that the activations of one batch may take, by an estimate from the
             layers' inputs and outputs; None for no limit. A device that runs out of memory halves
             the batch in any case.
+        corruption: which views ``threat`` corrupts, where that is known already.
 
     Raises:
         PatchproofError: a model in training mode, or numbers out of range.
@@ -86,6 +89,7 @@ class ViewSystem(ABC, Generic[C]):
         image_size: ImageSize,
         batch_size: int | None = None,
         memory_budget: int | None = None,
+        corruption: Corruption | None = None,
     ) -> None:
         if memory_budget is not None and memory_budget < 1:
             raise PatchproofError(f"memory_budget: expected bytes >= 1, got {memory_budget!r}")
@@ -97,12 +101,17 @@ class ViewSystem(ABC, Generic[C]):
         self.batch_size = check_batch_size(batch_size)
         self.memory_budget = memory_budget
         self.regions = threat.regions(self.image_size)
-        self.corruption = views.corruption(threat)
+        self.corruption = views.corruption(threat) if corruption is None else corruption
         self._classes = 0
 
     @abstractmethod
     def _promise(self, outputs: Outputs, labels: Tensor, shared: dict[str, Any]) -> C:
         """Return the certificates of decided images, given the values of ``Certificates``."""
+
+    @property
+    def paper(self) -> Paper | None:
+        """Whether the criterion of the defense's paper is sound; None where it states none."""
+        return self.aggregation.paper
 
     @property
     def device(self) -> torch.device:
@@ -328,7 +337,9 @@ class ViewDefense(ViewSystem[Certification]):
         return Certification(
             **shared,
             certified=holds & (shared["prediction"] == labels),
-            paper_condition=self.aggregation.paper_condition(outputs, labels),
+            paper_condition=self.aggregation.paper_condition(
+                outputs, labels, self.corruption.patterns
+            ),
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from patchproof.aggregation.base import Stop
 from patchproof.detection import DetectionCertification
-from patchproof.results import Certification, Kind
+from patchproof.results import Certification, Kind, Paper
 from patchproof.threat import Threat
 
 AnyCertification = Certification | DetectionCertification
@@ -52,6 +52,13 @@ class Certifier(Protocol):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything that decides the verdicts, apart from the model, as JSON values."""
+
+    def describe(self) -> str:
+        """Say in a few words what the defense looks at."""
+
+    @property
+    def paper(self) -> Paper | None:
+        """Whether the criterion of its paper is sound; None where there is none."""
 
     @property
     def device(self) -> torch.device:

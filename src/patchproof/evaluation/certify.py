@@ -90,7 +90,7 @@ def certify_dataset(
     image that cannot be decoded is logged, recorded as ``"corrupt"``, and in no accuracy.
 
     Args:
-        defense: such as ``PatchCleanser`` or ``MinorityReports``.
+        defense: such as ``PatchCleanser``, ``PatchGuard`` or ``MinorityReports``.
         dataset: N labelled images of the defense's size.
         out: the results folder; it is made, must be empty, or hold the same run.
         stop: ``"first_lost_region"`` for accuracies, ``"never"`` to settle every patch region.
@@ -126,7 +126,9 @@ def certify_dataset(
         examples, timing = folder.tables()
         if len(examples) != len(dataset):
             raise RunError(f"expected results of {len(dataset)} images, got {len(examples)}")
-        summary = summarize(examples, timing, manifest["about"]["batch_size"], defense.kind)
+        summary = summarize(
+            examples, timing, manifest["about"]["batch_size"], defense.kind, defense.paper
+        )
         chosen = choose_images(examples, gallery, defense.kind)
         kept = read_gallery(folder.path)
         if chosen and (kept is None or kept.index.tolist() != chosen):
@@ -334,6 +336,8 @@ def _about(defense: Certifier, dataset: ImageDataset) -> dict[str, Any]:
         "device": describe_device(defense.device),
         "threads": torch.get_num_threads(),
         "threat_words": defense.threat.describe(),
+        "defense_words": defense.describe(),
+        "paper": defense.paper,
         "class_names": list(dataset.class_names),
         "batch_size": defense.batch_size,
     }

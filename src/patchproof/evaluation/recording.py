@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -42,15 +42,20 @@ from patchproof.views import MaskPairViews
 FORMAT = "patchproof-recording/1"
 
 SHARD_SECONDS = 30.0
-"""What is recorded is written after so many seconds, and at the end."""
+"""What is recorded is written after so many seconds, and at the end,"""
+_SHARD_BYTES = 2**28
+"""or when it takes so much memory."""
 
 _BLOCK_BATCHES = 8
 """Images are read in blocks whose views fill about so many batches, so that few are not full."""
 
 _VALUES_AT_ONCE = 2**22
 
-_PER_IMAGE = ("position", "index", "right", "labels", "margins", "confidences")
-"""What a shard holds of each image that can be read; of others it holds the position alone."""
+_OF_SHARD = ("corrupt", "forwards", "seconds", "machines")
+"""What a shard holds beside the columns of its images."""
+
+Columns = dict[str, NDArray[Any]]
+"""What is recorded of n images, by name, (n, ...) each."""
 
 _log = logging.getLogger(__name__)
 
@@ -117,14 +122,13 @@ class RecordingProgress:
     forwards_per_second: float
 
 
-class Archive:
-    """The recordings of one classifier on one slice of a data set.
+class ShardedArchive:
+    """Recordings of one classifier on one slice of a data set, whatever is recorded.
 
     Args:
         folder: where recordings are; any number of archives may share it.
         model: from float32 images (N, C, H, W) in [0, 1] to logits (N, classes), in eval mode.
         dataset: N labelled images.
-        fill: the value in [0, 1] that masked pixels take in every channel.
         spec: what the model was built from; with it a recording names the model exactly.
         batch_size: views in one forward pass; None measures which is fastest when the first
             recording is made.
@@ -143,14 +147,12 @@ class Archive:
         model: nn.Module,
         dataset: ImageDataset,
         *,
-        fill: float,
         spec: ModelSpec | None = None,
         batch_size: int | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.model = check_model(model)
         self.dataset = dataset
-        self.fill = fill
         self.batch_size = check_batch_size(batch_size)
         self.forwards = 0
         self._classes = _classes(model, dataset)
@@ -164,6 +166,124 @@ class Archive:
             "count": len(dataset),
             "indices_digest": hashlib.sha256(dataset.indices.numpy().tobytes()).hexdigest(),
         }
+
+    def _complete(
+        self,
+        identity: Mapping[str, Any],
+        forwards: int,
+        tables: Callable[[Columns, Tensor], Columns],
+        progress: Callable[[RecordingProgress], None] | None,
+    ) -> Path:
+        """Evaluate the images that are not recorded yet, and return the recording's folder.
+
+        What is finished is written every half minute and when the recording is stopped, whatever
+        stops it; the next call goes on from there. An image that cannot be decoded is logged and
+        left out.
+
+        Args:
+            identity: all that decides the content, as JSON values.
+            forwards: model forward passes for each image.
+            tables: from position, index and right of n images, and the images (n, C, H, W), to
+                what is recorded of them.
+            progress: called at the start and after every few images.
+
+        Raises:
+            RunError: the folder cannot be written or is damaged.
+        """
+        folder = self.folder / digest_of(identity)
+        done = {
+            position
+            for shard in read_shards(folder, ("position",))
+            for position in shard.positions()
+        }
+        session = _Session(folder, len(self.dataset), len(done), progress)
+        session.tell()
+        waiting = [position for position in range(len(self.dataset)) if position not in done]
+        if waiting:
+            for unfinished in folder.glob(".*-*"):
+                unfinished.unlink(missing_ok=True)
+            write_atomically(folder / "recording.json", _json({"identity": dict(identity)}))
+            try:
+                self._evaluate(forwards, tables, waiting, session)
+            finally:
+                session.flush()
+        return folder
+
+    def _evaluate(
+        self,
+        forwards: int,
+        tables: Callable[[Columns, Tensor], Columns],
+        waiting: list[int],
+        session: _Session,
+    ) -> None:
+        """Record the images at some positions, block by block."""
+        device = model_device(self.model)
+        block = max(1, _BLOCK_BATCHES * self._tuned_batch_size(device) // forwards)
+        for start in range(0, len(waiting), block):
+            images: dict[int, Tensor] = {}
+            corrupt = []
+            for position in waiting[start : start + block]:
+                try:
+                    images[position] = self.dataset.image(position)
+                except CorruptImageError as error:
+                    _log.warning("%s", error)
+                    corrupt.append(position)
+            started = time.perf_counter()
+            positions = list(images)
+            columns: Columns = {
+                "position": np.array(positions, dtype=np.int64),
+                "index": self.dataset.indices[positions].numpy(),
+                "right": self.dataset.labels[positions].numpy(),
+            }
+            if images:
+                columns |= tables(columns, torch.stack(list(images.values())).to(device))
+            spent = len(images) * forwards
+            self.forwards += spent
+            seconds = time.perf_counter() - started
+            machine = f"{describe_device(device)}, batches of {self.batch_size}"
+            session.add(Shard(columns if images else {}, corrupt, spent, seconds, (machine,)))
+
+    def _tuned_batch_size(self, device: torch.device) -> int:
+        """Return the batch size, measured if none is chosen yet."""
+        if self.batch_size is None:
+            image = torch.zeros(self.dataset.channels, *self.dataset.image_size, device=device)
+            largest = 2 * default_batch_size(image, device)
+            batch = image.expand(largest, -1, -1, -1)
+            with exact_inference(device):
+                self.batch_size = fastest_batch_size(
+                    lambda size: self.model(batch[:size].clone()), largest, device
+                )
+        return self.batch_size
+
+
+class Archive(ShardedArchive):
+    """The recordings of one classifier under masks.
+
+    Args:
+        folder: where recordings are; any number of archives may share it.
+        model: from float32 images (N, C, H, W) in [0, 1] to logits (N, classes), in eval mode.
+        dataset: N labelled images.
+        fill: the value in [0, 1] that masked pixels take in every channel.
+        spec: what the model was built from; with it a recording names the model exactly.
+        batch_size: views in one forward pass; None measures which is fastest when the first
+            recording is made.
+
+    Raises:
+        PatchproofError: as ``ShardedArchive`` does.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        model: nn.Module,
+        dataset: ImageDataset,
+        *,
+        fill: float,
+        spec: ModelSpec | None = None,
+        batch_size: int | None = None,
+    ) -> None:
+        super().__init__(folder, model, dataset, spec=spec, batch_size=batch_size)
+        self.fill = fill
 
     def record(
         self, mask_set: MaskSet, progress: Callable[[RecordingProgress], None] | None = None
@@ -188,20 +308,12 @@ class Archive:
                 f"got masks for {mask_set.image_size}"
             )
         views = MaskPairViews(mask_set, self.fill)
-        identity = self._identity(mask_set, views)
-        folder = self.folder / digest_of(identity)
-        done = {position for shard in _read_shards(folder) for position in shard.positions()}
-        session = _Session(folder, len(self.dataset), len(done), progress)
-        session.tell()
-        waiting = [position for position in range(len(self.dataset)) if position not in done]
-        if waiting:
-            for unfinished in folder.glob(".*-*"):
-                unfinished.unlink(missing_ok=True)
-            write_atomically(folder / "recording.json", _json({"identity": identity}))
-            try:
-                self._evaluate(views, waiting, session)
-            finally:
-                session.flush()
+        folder = self._complete(
+            self._identity(mask_set, views),
+            1 + views.count,
+            lambda _, images: self._tables(views, images),
+            progress,
+        )
         return self._join(folder)
 
     def _identity(self, mask_set: MaskSet, views: MaskPairViews) -> dict[str, Any]:
@@ -221,35 +333,7 @@ class Archive:
             "patchproof": version("patchproof"),
         }
 
-    def _evaluate(self, views: MaskPairViews, waiting: list[int], session: _Session) -> None:
-        """Evaluate all views of the images at some positions, block by block."""
-        device = model_device(self.model)
-        block = max(1, _BLOCK_BATCHES * self._tuned_batch_size(device) // views.count)
-        for start in range(0, len(waiting), block):
-            images: dict[int, Tensor] = {}
-            corrupt = []
-            for position in waiting[start : start + block]:
-                try:
-                    images[position] = self.dataset.image(position)
-                except CorruptImageError as error:
-                    _log.warning("%s", error)
-                    corrupt.append(position)
-            started = time.perf_counter()
-            positions = list(images)
-            columns = {
-                "position": np.array(positions, dtype=np.int64),
-                "index": self.dataset.indices[positions].numpy(),
-                "right": self.dataset.labels[positions].numpy(),
-            }
-            if images:
-                columns |= self._tables(views, torch.stack(list(images.values())).to(device))
-            forwards = len(images) * (1 + views.count)
-            self.forwards += forwards
-            seconds = time.perf_counter() - started
-            machine = f"{describe_device(device)}, batches of {self.batch_size}"
-            session.add(Shard(columns if images else {}, corrupt, forwards, seconds, (machine,)))
-
-    def _tables(self, views: MaskPairViews, images: Tensor) -> dict[str, NDArray[Any]]:
+    def _tables(self, views: MaskPairViews, images: Tensor) -> Columns:
         """Return labels, margins and confidences, (n, 1 + V) each, of n images."""
         batch_size = self._tuned_batch_size(images.device)
         said = Outputs.empty(len(images), 1 + views.count, self._classes)
@@ -286,29 +370,10 @@ class Archive:
             "confidences": confidences.numpy(),
         }
 
-    def _tuned_batch_size(self, device: torch.device) -> int:
-        """Return the batch size, measured if none is chosen yet."""
-        if self.batch_size is None:
-            image = torch.zeros(self.dataset.channels, *self.dataset.image_size, device=device)
-            largest = 2 * default_batch_size(image, device)
-            batch = image.expand(largest, -1, -1, -1)
-            with exact_inference(device):
-                self.batch_size = fastest_batch_size(
-                    lambda size: self.model(batch[:size].clone()), largest, device
-                )
-        return self.batch_size
-
     def _join(self, folder: Path) -> Recording:
         """Return the shards of a complete recording as one, in the order of the data set."""
-        joined = Shard.joined(list(_read_shards(folder)))
-        recorded = len(set(joined.positions()))
-        if recorded != len(self.dataset):
-            raise RunError(
-                f"{folder}: expected {len(self.dataset)} images, got {recorded}; run it again"
-            )
-        corrupt = len(set(joined.corrupt))
-        if not joined.columns:
-            raise RunError(f"expected images that can be read, got none ({corrupt} corrupt)")
+        joined = Shard.joined(list(read_shards(folder)))
+        joined.check(folder, len(self.dataset))
         _, order = np.unique(joined.columns["position"], return_index=True)
         return Recording(
             **{
@@ -317,7 +382,7 @@ class Archive:
                 if name != "position"
             },
             classes=self._classes,
-            corrupt=corrupt,
+            corrupt=len(set(joined.corrupt)),
             forwards=joined.forwards,
             seconds=joined.seconds,
             machines=joined.machines,
@@ -329,15 +394,15 @@ class Shard:
     """Some images of a recording.
 
     Attributes:
-        columns: the n images that can be read: position (in the data set), index, right (n,);
-            labels, margins, confidences (n, 1 + V). Empty where there are none.
+        columns: the n images that can be read: position (in the data set), index, right (n,), and
+            what is recorded of them, (n, ...). Empty where there are none.
         corrupt: the positions of images that cannot be read.
         forwards: model forward passes.
         seconds: what they took.
         machines: what they ran on, in words.
     """
 
-    columns: dict[str, NDArray[Any]]
+    columns: Columns
     corrupt: list[int]
     forwards: int
     seconds: float
@@ -348,11 +413,24 @@ class Shard:
         read = self.columns["position"].tolist() if self.columns else []
         return [*read, *self.corrupt]
 
+    def check(self, folder: Path, count: int) -> None:
+        """Raise ``RunError`` unless it has all of ``count`` images, and one that can be read."""
+        recorded = len(set(self.positions()))
+        if recorded != count:
+            raise RunError(f"{folder}: expected {count} images, got {recorded}; run it again")
+        if not self.columns:
+            corrupt = len(set(self.corrupt))
+            raise RunError(f"expected images that can be read, got none ({corrupt} corrupt)")
+
+    def bytes(self) -> int:
+        """Return the memory that its columns take."""
+        return sum(column.nbytes for column in self.columns.values())
+
     @classmethod
     def joined(cls, shards: list[Shard]) -> Shard:
         """Return the images of several shards as one."""
         columns = [shard.columns for shard in shards if shard.columns]
-        names = _PER_IMAGE if columns else ()
+        names = columns[0] if columns else ()
         return cls(
             {name: np.concatenate([some[name] for some in columns]) for name in names},
             [position for shard in shards for position in shard.corrupt],
@@ -377,12 +455,16 @@ class Shard:
         write_atomically(folder / name, buffer.getvalue())
 
     @classmethod
-    def read(cls, path: Path) -> Shard:
-        """Return what ``write`` wrote, or raise ``RunError``."""
+    def read(cls, path: Path, columns: Collection[str] | None = None) -> Shard:
+        """Return what ``write`` wrote, all columns or some of them, or raise ``RunError``."""
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(
-                    {name: arrays[name] for name in _PER_IMAGE if name in arrays},
+                    {
+                        name: arrays[name]
+                        for name in arrays
+                        if name not in _OF_SHARD and (columns is None or name in columns)
+                    },
                     arrays["corrupt"].tolist(),
                     int(arrays["forwards"]),
                     float(arrays["seconds"]),
@@ -408,6 +490,7 @@ class _Session:
         self._progress = progress
         self._shards: list[Shard] = []
         self._forwards = 0
+        self._bytes = 0
         self._started = self._flushed = time.perf_counter()
 
     def add(self, shard: Shard) -> None:
@@ -415,7 +498,8 @@ class _Session:
         self._shards.append(shard)
         self._done += len(shard.positions())
         self._forwards += shard.forwards
-        if time.perf_counter() - self._flushed >= SHARD_SECONDS:
+        self._bytes += shard.bytes()
+        if time.perf_counter() - self._flushed >= SHARD_SECONDS or self._bytes >= _SHARD_BYTES:
             self.flush()
         self.tell()
 
@@ -423,7 +507,7 @@ class _Session:
         """Write what is finished."""
         if self._shards:
             Shard.joined(self._shards).write(self._folder)
-        self._shards, self._flushed = [], time.perf_counter()
+        self._shards, self._bytes, self._flushed = [], 0, time.perf_counter()
 
     def tell(self) -> None:
         """Call ``progress`` with how the recording goes."""
@@ -437,9 +521,10 @@ def digest_of(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _read_shards(folder: Path) -> Iterator[Shard]:
+def read_shards(folder: Path, columns: Collection[str] | None = None) -> Iterator[Shard]:
+    """Yield the shards of a recording in order, with all columns or some of them."""
     for path in sorted(folder.glob("views-*.npz")):
-        yield Shard.read(path)
+        yield Shard.read(path, columns)
 
 
 def _classes(model: nn.Module, dataset: ImageDataset) -> int:

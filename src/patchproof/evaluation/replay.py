@@ -132,5 +132,5 @@ class Replay:
             outputs, right = recording.outputs(chunk), recording.right[chunk]
             verdicts = aggregation.certify(outputs, right, patterns)
             certified[chunk] = (verdicts == Verdict.HOLDS).all(1)
-            paper[chunk] = aggregation.paper_condition(outputs, right)
+            paper[chunk] = aggregation.paper_condition(outputs, right, patterns)
         return certified & (prediction == recording.right), paper

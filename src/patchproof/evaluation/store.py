@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import pandas as pd
@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from patchproof.evaluation.summary import AnySummary, summarize
 from patchproof.models.weights import write_atomically
-from patchproof.results import Case, Kind, PatchproofError, RunError
+from patchproof.results import Case, Kind, Paper, PatchproofError, RunError
 
 FORMAT = "patchproof-result/1"
 
@@ -204,7 +204,13 @@ def read_result(folder: Path | str) -> Result:
         manifest=manifest,
         examples=examples,
         timing=timing,
-        summary=summarize(examples, timing, manifest.get("about", {}).get("batch_size"), kind),
+        summary=summarize(
+            examples,
+            timing,
+            manifest.get("about", {}).get("batch_size"),
+            kind,
+            run_paper(manifest),
+        ),
         gallery=read_gallery(folder),
         finished=(folder / "summary.json").exists(),
     )
@@ -245,6 +251,22 @@ def run_kind(manifest: Mapping[str, Any]) -> Kind:
             f"manifest: expected a run of kind {' or '.join(EXAMPLES)}, got {kind!r}"
         )
     return cast(Kind, kind)
+
+
+def run_paper(manifest: Mapping[str, Any]) -> Paper | None:
+    """Return whether the criterion of the paper of a run's defense is sound; None without one.
+
+    Raises:
+        PatchproofError: something that this version does not know.
+    """
+    # Until there were others, every run was one of PatchCleanser, whose criterion is sound.
+    paper = manifest.get("about", {}).get("paper", "sound")
+    if paper not in (None, *get_args(Paper)):
+        raise PatchproofError(
+            f"manifest: expected a paper's criterion that is {' or '.join(get_args(Paper))}, "
+            f"got {paper!r}"
+        )
+    return cast(Paper | None, paper)
 
 
 def read_gallery(folder: Path) -> Gallery | None:

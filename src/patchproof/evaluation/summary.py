@@ -11,7 +11,7 @@ import torch
 from scipy.stats import binomtest
 
 from patchproof.detection import Thresholds
-from patchproof.results import ALERT, Kind, RunError
+from patchproof.results import ALERT, Kind, Paper, RunError
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,15 @@ class Summary(RunSummary):
 
     Attributes:
         certified_accuracy: the defense is right whatever a patch shows, wherever it is.
-        paper_accuracy: the criterion of the defense's paper is met.
+        paper_accuracy: the criterion of the defense's paper is met; None where it states none.
+        paper: whether that criterion is sound; None where there is none.
         forwards_per_certified_image: mean number of model forward passes of certified images; None
             where there are none.
     """
 
     certified_accuracy: Proportion
-    paper_accuracy: Proportion
+    paper_accuracy: Proportion | None
+    paper: Paper | None
     forwards_per_certified_image: float | None
 
 
@@ -109,6 +111,7 @@ def summarize(
     timing: pd.DataFrame,
     batch_size: int | None = None,
     kind: Kind = "recovery",
+    paper: Paper | None = "sound",
 ) -> AnySummary:
     """Return the figures of a run from its tables.
 
@@ -117,6 +120,7 @@ def summarize(
         timing: one row an image, as in ``timing-*.parquet``.
         batch_size: what the run used.
         kind: what the run's certificates promise.
+        paper: whether the criterion of the defense's paper is sound; None where it states none.
 
     Raises:
         RunError: no image could be read.
@@ -152,7 +156,8 @@ def summarize(
     return Summary(
         **shared,
         certified_accuracy=proportion(read["certified"]),
-        paper_accuracy=proportion(read["paper_condition"]),
+        paper_accuracy=None if paper is None else proportion(read["paper_condition"]),
+        paper=paper,
         forwards_per_certified_image=(
             None if certified_forwards.empty else float(certified_forwards.mean())
         ),

@@ -1,5 +1,7 @@
 """Classifiers: small networks, adapters for timm, torchvision and your own, and their weights."""
 
+from patchproof.models.ablation import Ablation, AblationResNet, BandResNet, Kept
+from patchproof.models.bagnet import BagNet
 from patchproof.models.preprocessed import Preprocessed
 from patchproof.models.small import SmallResNet, TinyResNet
 from patchproof.models.spec import ModelSpec, build_model
@@ -13,6 +15,11 @@ from patchproof.models.weights import (
 )
 
 __all__ = [
+    "Ablation",
+    "AblationResNet",
+    "BagNet",
+    "BandResNet",
+    "Kept",
     "ModelSpec",
     "Preprocessed",
     "SmallResNet",

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from patchproof.models.ablation import AblationResNet, BandResNet
+from patchproof.models.bagnet import BagNet
+from patchproof.models.bagnet_resnet import PreprocessedBagNet
 from patchproof.models.huggingface import build_transformers
 from patchproof.models.onnx import build_onnx
 from patchproof.models.preprocessed import Preprocessed
 from patchproof.models.resmlp import PUBLISHED, resized_resmlp
 from patchproof.models.small import SmallResNet, TinyResNet
+from patchproof.models.token_drop import TokenDropTransformer
 from patchproof.results import PatchproofError, RunError
 
-_OWN = {"small-resnet": SmallResNet, "tiny-resnet": TinyResNet}
+_OWN: dict[str, Callable[..., nn.Module]] = {
+    "small-resnet": SmallResNet,
+    "tiny-resnet": TinyResNet,
+    "bagnet": BagNet,
+    "bagnet9": partial(PreprocessedBagNet, receptive_field=9),
+    "bagnet17": partial(PreprocessedBagNet, receptive_field=17),
+    "bagnet33": partial(PreprocessedBagNet, receptive_field=33),
+    "band-resnet": BandResNet,
+    "ablation-resnet": AblationResNet,
+}
 _READ_FILES = {
     "cache_dir",
     "checkpoint_path",
@@ -28,7 +42,7 @@ _READ_FILES = {
 }
 """Options by which timm would read weights from elsewhere."""
 _NAMES = (
-    f"{', '.join(_OWN)}, timm:NAME, torchvision:NAME, hf:NAME, onnx:FILE or "
+    f"{', '.join(_OWN)}, token-drop:NAME, timm:NAME, torchvision:NAME, hf:NAME, onnx:FILE or "
     "python:package.module:factory"
 )
 
@@ -38,8 +52,10 @@ class ModelSpec:
     """What a classifier is built from, apart from its weights.
 
     Attributes:
-        name: ``small-resnet``, ``tiny-resnet``, ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME``
-            (a repository of the Hugging Face hub, or a folder), ``onnx:FILE`` or
+        name: ``small-resnet``, ``tiny-resnet``, ``bagnet``, ``bagnet9``, ``bagnet17``,
+            ``bagnet33``, ``band-resnet``, ``ablation-resnet``, ``token-drop:NAME`` (a vision
+            transformer of timm that drops hidden tokens), ``timm:NAME``, ``torchvision:NAME``,
+            ``hf:NAME`` (a repository of the Hugging Face hub, or a folder), ``onnx:FILE`` or
             ``python:package.module:factory``.
         classes: number of classes.
         channels: channels of the images.
@@ -77,7 +93,8 @@ def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
 
     Args:
         spec: which network.
-        pretrained: load the weights published with a ``timm:``, ``torchvision:`` or ``hf:`` model.
+        pretrained: load the weights published with a ``timm:``, ``token-drop:``, ``torchvision:``
+            or ``hf:`` model.
 
     Raises:
         PatchproofError: no such model (the message names close matches), options that it does not
@@ -88,12 +105,16 @@ def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     try:
         if source == "timm":
             model = _timm(name, spec, pretrained)
+        elif source == "token-drop":
+            model = _token_drop(name, spec, pretrained)
         elif source == "torchvision":
             model = _torchvision(name, spec, pretrained)
         elif source == "hf":
             model = build_transformers(name, spec, pretrained)
         elif pretrained:
-            raise PatchproofError(f"expected a timm:, torchvision: or hf: model, got {spec.name!r}")
+            raise PatchproofError(
+                f"expected a timm:, token-drop:, torchvision: or hf: model, got {spec.name!r}"
+            )
         elif source == "onnx":
             model = build_onnx(name, spec)
         elif source == "python":
@@ -144,6 +165,15 @@ def _timm(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:
     size = spec.options.get("img_size", data["input_size"][1:])
     height, width = (size, size) if isinstance(size, int) else size
     return Preprocessed(model, mean, std, (height, width))
+
+
+def _token_drop(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:
+    ablation = {"ablation": "column", "size": 4, "fill": 0.5}
+    made_for: dict[str, Any] = {key: spec.options.get(key, ablation[key]) for key in ablation}
+    others = {key: value for key, value in spec.options.items() if key not in ablation}
+    model = _timm(name, replace(spec, options={"img_size": spec.image_size, **others}), pretrained)
+    mean, std = (getattr(model, key).flatten().tolist() for key in ("mean", "std"))
+    return TokenDropTransformer(model.get_submodule("model"), mean=mean, std=std, **made_for)
 
 
 def _torchvision(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:

@@ -35,6 +35,15 @@ MEASURES: dict[Kind, dict[str, str]] = {
 """The measures of a run of each kind in the order of its tables, certificates first, with what they
 say."""
 
+_NUMBERS = {
+    "tau": "tau",
+    "threshold": "T",
+    "vote_threshold": "votes from",
+    "trim": "trim",
+    "count": "masking",
+}
+"""Settings of defenses, with the word for each in the name of a run; not said where 0 or None."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -135,8 +144,17 @@ class Run:
             parts.append(f"multiplicity {_once(several)}")
         if self.defense.get("layout") == "balanced":
             parts.append("balanced")
-        if "tau" in self.defense:
-            parts.append(f"tau {self.defense['tau']:g}")
+        if ablation := self.defense.get("ablation"):
+            parts.append(f"{ablation['kind']} {ablation['size']}")
+        if "feature" in self.defense:
+            parts.append(str(self.defense["feature"]))
+        if window := _pair(self.defense.get("window")):
+            parts.append(f"window {_once(window)}")
+        parts += [
+            f"{word} {self.defense[name]:g}"
+            for name, word in _NUMBERS.items()
+            if self.defense.get(name)
+        ]
         return ", ".join(parts)
 
     @property
@@ -156,7 +174,7 @@ class Run:
         return self.expected - len(self.result.examples)
 
     def accuracies(self) -> dict[str, Proportion]:
-        """Return the share of the images of each of ``MEASURES``."""
+        """Return the share of the images of each of ``MEASURES`` that the run has."""
         summary = self.result.summary
         if isinstance(summary, DetectionSummary):
             return {
@@ -165,12 +183,19 @@ class Run:
                 "alert": summary.alert_rate,
                 "vanilla": summary.vanilla_accuracy,
             }
-        return {
+        shares = {
             "certified": summary.certified_accuracy,
             "paper condition": summary.paper_accuracy,
             "clean": summary.clean_accuracy,
             "vanilla": summary.vanilla_accuracy,
         }
+        return {measure: share for measure, share in shares.items() if share is not None}
+
+    def caveat(self, measure: str) -> str:
+        """Return what to bear in mind about one of the accuracies in a word, or nothing."""
+        summary = self.result.summary
+        paper = isinstance(summary, Summary) and summary.paper == "unsound"
+        return "not sound" if paper and measure == "paper condition" else ""
 
     def certified_share(self) -> Proportion:
         """Return the share of the images with a certificate of the run's kind."""
@@ -293,13 +318,15 @@ class Run:
         parts = [str(self.defense["type"])]
         if "inference" in self.defense:
             parts.append(inference.get(self.defense["inference"], str(self.defense["inference"])))
-        if "tau" in self.defense:
+        if self.masks and "tau" in self.defense:
             parts.append(
                 "an alert where a masked image gets another label than the unmasked one, with a "
                 f"confidence of at least {self.defense['tau']:g}"
             )
-        if "fill" in self.defense:
-            parts.append(f"masked pixels take the value {self.defense['fill']:g} of [0, 1]")
+        if not self.masks and (words := self.about.get("defense_words")):
+            parts.append(str(words))
+        if "fill" in self.defense and (self.masks or self.defense.get("ablation")):
+            parts.append(f"hidden pixels take the value {self.defense['fill']:g} of [0, 1]")
         if "tolerance" in self.defense:
             parts.append(
                 f"margins up to {self.defense['tolerance']:g} logits count as lost in a certificate"

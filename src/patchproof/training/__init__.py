@@ -1,6 +1,21 @@
-"""Training recipes, each one page that reads from top to bottom."""
+"""Training recipes, each one page that reads from top to bottom, and the loop that serves all."""
 
-from patchproof.training.cutout import CutoutRecipe, train_cutout
+from patchproof.training.ablation import AblationRecipe
+from patchproof.training.bagcert import BagCertRecipe
+from patchproof.training.cutout import CutoutRecipe
+from patchproof.training.evidence import ClippedRecipe, MaskedEvidenceRecipe, RankRecipe
+from patchproof.training.loop import train
 from patchproof.training.masking import GreedyMasks
+from patchproof.training.recipe import Recipe
 
-__all__ = ["CutoutRecipe", "GreedyMasks", "train_cutout"]
+__all__ = [
+    "AblationRecipe",
+    "BagCertRecipe",
+    "ClippedRecipe",
+    "CutoutRecipe",
+    "GreedyMasks",
+    "MaskedEvidenceRecipe",
+    "RankRecipe",
+    "Recipe",
+    "train",
+]

@@ -115,6 +115,7 @@ def greedy_pair(
         worst = tried.gather(1, losses.argmax(0).unsqueeze(1)).squeeze(1)
         covered = covered | masks[worst].unsqueeze(1)
     network.train(training)
+    torch.clear_autocast_cache()  # weights cast here, without gradients, are not to be used again
     return covered
 
 

@@ -1,0 +1,144 @@
+"""Recipe ``ablation``: train on random bands, as de-randomized smoothing classifies by them.
+
+De-randomized smoothing (Levine and Feizi, 2020) classifies an image once for every place of a band
+or block that alone is kept, and counts the votes. Its network is trained on what it will see: of
+every image in every step another place, drawn uniformly over all that the defense looks at, those
+that wrap around the border among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from patchproof.models import ModelSpec
+from patchproof.models.ablation import Ablation, Kept
+from patchproof.results import PatchproofError
+from patchproof.training.masking import draw_candidates
+from patchproof.training.recipe import Recipe
+
+VALIDATION_IMAGES = 1000
+"""Most validation images: each is classified once for each of the places."""
+
+VALIDATION_PLACES = 32
+"""Most places that vote in a validation; the defense itself asks all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AblationRecipe(Recipe):
+    """Train on images of which one or several random blocks are kept.
+
+    A network with a method ``ablated`` is given the image and what is kept; any other sees the rest
+    of the image filled. The epoch is chosen by the accuracy of a majority vote on at most 1,000
+    validation images, over all places of the band, or over 32 evenly spread ones (for several
+    bands: 32 random choices of places) where there are more.
+
+    Attributes:
+        ablation: which block an image keeps.
+        bands: how many blocks an image keeps, all at other places.
+    """
+
+    ablation: Ablation
+    bands: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bands < 1:
+            raise PatchproofError(f"expected bands from 1, got {self.bands}")
+
+    @property
+    def name(self) -> str:
+        """Return ``ablation``."""
+        return "ablation"
+
+    @property
+    def measures(self) -> Mapping[str, str]:
+        """Return the accuracy of the majority vote, and that of single ablated images."""
+        return {
+            "vote_accuracy": "validation accuracy of the vote",
+            "view_accuracy": "of one view",
+        }
+
+    @property
+    def chosen_by(self) -> str:
+        """Return the accuracy of the vote."""
+        return "vote_accuracy"
+
+    @property
+    def validation_images(self) -> int | None:
+        """Return the most validation images."""
+        return VALIDATION_IMAGES
+
+    def draw(self, spec: ModelSpec, count: int) -> Tensor | None:
+        """Return the corners of what is kept in a validation, (V, bands, 2) int64."""
+        corners = self.ablation.corners(spec.image_size)
+        if self.bands > len(corners):
+            raise PatchproofError(
+                f"expected bands up to the {len(corners)} places of the {self.ablation.kind}, "
+                f"got {self.bands}"
+            )
+        if self.bands > 1:
+            return corners[draw_candidates(VALIDATION_PLACES, len(corners), self.bands)]
+        places = min(len(corners), VALIDATION_PLACES)
+        return corners[torch.arange(places) * len(corners) // places].unsqueeze(1)
+
+    def check(self, network: nn.Module, spec: ModelSpec) -> None:
+        """Raise ``PatchproofError`` if the network was made for another ablation."""
+        made_for = getattr(network, "ablation", None)
+        if made_for is not None and made_for != self.ablation:
+            raise PatchproofError(
+                f"expected the ablation that the network was made for, {made_for}, "
+                f"got {self.ablation}"
+            )
+
+    def loss(
+        self, network: nn.Module, views: Tensor, labels: Tensor, drawn: Tensor | None
+    ) -> Tensor:
+        """Return the cross-entropy of images of which random blocks are kept."""
+        corners = self.ablation.corners((views.shape[2], views.shape[3]))
+        places = corners[draw_candidates(len(views), len(corners), self.bands)]
+        logits = self.ablated(network, views, places.to(views.device))
+        return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def validate(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        drawn: Tensor | None,
+        positions: slice,
+    ) -> dict[str, Tensor]:
+        """Return which images the vote gets right, and the share of views that are right."""
+        assert drawn is not None
+        votes = torch.stack(
+            [
+                self.ablated(network, images, corners.expand(len(images), -1, -1)).argmax(1)
+                for corners in drawn
+            ],
+            dim=1,
+        )
+        counts = functional.one_hot(votes).sum(1)  # a tie goes to the lowest class, as in defenses
+        return {
+            "vote_accuracy": counts.argmax(1) == labels,
+            "view_accuracy": (votes == labels.unsqueeze(1)).float().mean(1),
+        }
+
+    def ablated(self, network: nn.Module, images: Tensor, corners: Tensor) -> Tensor:
+        """Return logits (N, classes) of images (N, C, H, W) with blocks kept at (N, bands, 2)."""
+        size = (images.shape[2], images.shape[3])
+        kept = Kept(corners, self.ablation.block(size))
+        if hasattr(network, "ablated"):
+            logits: Tensor = network.ablated(images, kept)  # type: ignore[operator]  # a method
+        else:
+            hidden = ~kept.pixels(size).unsqueeze(1)
+            logits = network(images.masked_fill(hidden, self.fill))
+        return logits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as JSON values."""
+        return super().to_dict() | {"ablation": self.ablation.to_dict()}
