@@ -130,6 +130,18 @@ def test_the_search_leaves_the_network_as_it_was(mode: bool) -> None:
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
+def test_weights_still_learn_after_a_search_in_mixed_precision() -> None:
+    torch.manual_seed(0)
+    network = build_model(ModelSpec("tiny-resnet", 10, 1, (8, 8), {"widths": [4, 8]}))
+    images, labels = torch.rand(6, 1, 8, 8), torch.arange(6)
+    masks = GreedyMasks(SquarePatch(2), (3, 3)).masked((8, 8))
+    with torch.autocast("cpu", torch.bfloat16):
+        greedy_pair(network, images, labels, masks, 4, 0.5)
+        loss = functional.cross_entropy(network(images), labels)
+    gradients = torch.autograd.grad(loss, list(network.parameters()))
+    assert all(bool(gradient.any()) for gradient in gradients)
+
+
 def test_no_candidates_are_refused() -> None:
     with pytest.raises(PatchproofError, match="at least 1 candidate mask, got 0"):
         GreedyMasks(SquarePatch(2), candidates=0)

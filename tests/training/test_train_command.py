@@ -70,6 +70,75 @@ def test_greedy_cutout_goes_on_from_a_trained_classifier(tmp_path: Path) -> None
     assert made["square_sizes"] is None
 
 
+BAGNET = ["receptive_field=3", "stride=1", "widths=[8,8,8]", "depth=0"]
+SMALL_BAGNET = [part for option in BAGNET for part in ("--model-option", option)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["masked-evidence", "--patch", "2"], {"window": [4, 4], "masks": 1, "clean_share": 0.5}),
+        (
+            ["masked-evidence", "--window", "3x2", "--evidence-masks", "2", "--clean-share", "0"],
+            {"window": [3, 2], "masks": 2, "clean_share": 0.0},
+        ),
+        (["bagcert", "--patch", "2"], {"margin": 2 * 16 / 64}),
+        (["bagcert", "--margin", "0.3"], {"margin": 0.3}),
+        (["trimmed-mean", "--patch", "2"], {"statistic": "trimmed-mean", "trim": 16}),
+        (["top-masking", "--window", "2"], {"statistic": "top-masking", "trim": 4}),
+        (["median"], {"statistic": "median", "trim": 0}),
+        (["clipped"], {"scale": 10.0}),
+    ],
+)
+def test_recipes_of_local_features_train_a_bagnet(
+    tmp_path: Path, options: list[str], expected: dict[str, object]
+) -> None:
+    all_options = ["--recipe", *options, "--out", str(tmp_path), "--count", "64", *SMALL_BAGNET]
+    result = CliRunner().invoke(app, [*QUICK, *all_options])
+    assert result.exit_code == 0, result.output
+    assert "validation accuracy" in result.output
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert (card["recipe"], card["model"]["name"]) == (options[0], "bagnet")
+    assert card.items() >= expected.items()
+
+
+@pytest.mark.parametrize(
+    ("options", "ablation"),
+    [
+        (["--model-option", "widths=[8,16]"], {"kind": "column", "size": 4}),
+        (
+            ["--model-option", "widths=[8,16]", "--model-option", "ablation=row"],
+            {"kind": "row", "size": 4},
+        ),
+        (["--model", "tiny-resnet", "--ablation", "block:3"], {"kind": "block", "size": 3}),
+    ],
+)
+def test_ablation_keeps_what_the_network_was_made_for_or_what_is_asked(
+    tmp_path: Path, options: list[str], ablation: dict[str, object]
+) -> None:
+    all_options = ["--recipe", "ablation", "--out", str(tmp_path), "--count", "64", *options]
+    result = CliRunner().invoke(app, [*QUICK, *all_options, "--bands", "2"])
+    assert result.exit_code == 0, result.output
+    assert "accuracy of the vote" in result.output
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["ablation"] == ablation
+    assert card["bands"] == 2
+    assert card["model"]["name"] == ("tiny-resnet" if "--model" in options else "band-resnet")
+
+
+def test_fine_tuning_of_local_features_has_no_clean_share(tmp_path: Path) -> None:
+    start = tmp_path / "plain" / "model.safetensors"
+    first = ["--recipe", "plain", "--model", "bagnet", *SMALL_BAGNET, "--out", str(start.parent)]
+    assert CliRunner().invoke(app, [*QUICK, *first, "--count", "64"]).exit_code == 0
+    second = ["--recipe", "masked-evidence", "--patch", "2", "--start", str(start)]
+    out = tmp_path / "masked"
+    result = CliRunner().invoke(app, [*QUICK, *second, "--out", str(out), "--count", "64"])
+    assert result.exit_code == 0, result.output
+    card = json.loads((out / "card.json").read_text())
+    assert card["clean_share"] == 0.0
+    assert card["learning_rate"] == pytest.approx(0.04)
+
+
 def test_adamw_has_its_own_defaults(tmp_path: Path) -> None:
     options = ["--out", str(tmp_path), "--optimizer", "adamw", "--count", "64"]
     result = CliRunner().invoke(app, [*QUICK, *options])
@@ -88,7 +157,20 @@ def test_adamw_has_its_own_defaults(tmp_path: Path) -> None:
         ),
         (["--recipe", "greedy-cutout", "--patch", "9"], "8"),
         (["--recipe", "greedy-cutout", "--patch", "2", "--squares", "2", "3"], "--squares"),
-        (["--patch", "2"], "expected with --recipe greedy-cutout only, got cutout"),
+        (["--patch", "2"], "--patch: expected with --recipe greedy-cutout, masked-evidence, "),
+        (["--recipe", "clipped", "--window", "2"], "--window: expected with --recipe masked"),
+        (["--recipe", "plain", "--margin", "0.2"], "--margin: expected with --recipe bagcert only"),
+        (["--recipe", "plain", "--bands", "2"], "--bands: expected with --recipe ablation only"),
+        (["--recipe", "bagcert", "--evidence-masks", "2"], "with --recipe masked-evidence only"),
+        (["--recipe", "ablation", "--clean-share", "0.5"], "--clean-share: expected with"),
+        (["--recipe", "masked-evidence"], "--patch or --window: expected one of them"),
+        (["--recipe", "top-masking", "--patch", "2", "--window", "3"], "one of them for this"),
+        (["--recipe", "bagcert", "--patch", "2", "--margin", "0.2"], "--margin, or --patch"),
+        (["--recipe", "bagcert", "--patch", "6"], "features"),
+        (["--recipe", "median", "--model", "tiny-resnet"], "local_logits, such as bagnet"),
+        (["--recipe", "ablation", "--model", "tiny-resnet"], "--ablation: expected what to keep"),
+        (["--recipe", "ablation", "--ablation", "4"], "expected column:4, row:4 or block:8"),
+        (["--recipe", "ablation", "--ablation", "row:4"], "that the network was made for"),
         (["--recipe", "plain", "--candidates", "3"], "greedy-cutout only, got plain"),
         (["--start", "nothing.safetensors"], "does not exist"),
         (["--epoch-images", "32"], "at least one batch of 64"),

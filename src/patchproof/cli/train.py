@@ -270,6 +270,15 @@ def train(
     from patchproof.datasets import load_dataset
     from patchproof.models import ModelSpec
     from patchproof.results import PatchproofError
+    from patchproof.training import (
+        AblationRecipe,
+        BagCertRecipe,
+        ClippedRecipe,
+        CutoutRecipe,
+        GreedyMasks,
+        MaskedEvidenceRecipe,
+        RankRecipe,
+    )
     from patchproof.training import train as run
 
     given = {
@@ -286,7 +295,7 @@ def train(
     for option, value in given.items():
         if value is not None and recipe not in (suited := _TAKEN_BY[option]):
             raise PatchproofError(
-                f"{option}: expected with --recipe {' or '.join(suited)} only, got {recipe}"
+                f"{option}: expected with --recipe {', '.join(suited)} only, got {recipe}"
             )
     use_threads(threads)
     size = None if image_size is None else opt.parse_pair("--image-size", image_size)
@@ -327,46 +336,32 @@ def train(
     settings: Recipe
     match recipe:
         case "masked-evidence":
-            from patchproof.training import MaskedEvidenceRecipe
-
             settings = MaskedEvidenceRecipe(
                 window=corrupted_features(spec, patch, window).window,
                 masks=1 if evidence_masks is None else evidence_masks,
                 **common,
             )
         case "bagcert":
-            from patchproof.training import BagCertRecipe
-
             if margin is None:
-                corrupted = corrupted_features(spec, patch, window)
-                margin = 2 * corrupted.count / corrupted.features
+                local = corrupted_features(spec, patch, window)
+                margin = 2 * local.corrupted / local.features
             elif patch is not None or window is not None:
                 raise PatchproofError("expected --margin, or --patch or --window, got both")
             settings = BagCertRecipe(margin=margin, **common)
         case "clipped":
-            from patchproof.training import ClippedRecipe
-
             settings = ClippedRecipe(**common)
         case "median":
-            from patchproof.training import RankRecipe
-
             settings = RankRecipe(statistic="median", **common)
         case "trimmed-mean" | "top-masking":
-            from patchproof.training import RankRecipe
-
-            trim = corrupted_features(spec, patch, window).count
+            trim = corrupted_features(spec, patch, window).corrupted
             settings = RankRecipe(statistic=recipe, trim=trim, **common)
         case "ablation":
-            from patchproof.training import AblationRecipe
-
             settings = AblationRecipe(
                 ablation=choose_ablation(spec, ablation),
                 bands=1 if bands is None else bands,
                 **common,
             )
         case "cutout" | "greedy-cutout" | "plain":
-            from patchproof.training import CutoutRecipe, GreedyMasks
-
             greedy = None
             if recipe == "greedy-cutout":
                 if patch is None:
@@ -436,12 +431,12 @@ class CorruptedFeatures(NamedTuple):
 
     Attributes:
         window: (rows, columns) that hold all that one place of the patch corrupts.
-        count: the most features that one place corrupts.
+        corrupted: the most features that one place corrupts.
         features: of the whole image.
     """
 
     window: tuple[int, int]
-    count: int
+    corrupted: int
     features: int
 
 

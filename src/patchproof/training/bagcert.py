@@ -4,13 +4,14 @@ BagCert (Metzen and Yatsura, ICLR 2021) lets every cell of a bag of local featur
 the votes. A patch that corrupts k of V cells takes at most k votes from the label and gives as many
 to one other class, so a label that leads by more than 2k / V of all votes stays. They train a
 network end to end for such a lead, with votes that are a step function of the scores and take
-another gradient. Here the votes of training are the cells' softmax probabilities instead, which a
-network that was trained for it makes nearly 0 or 1; what is minimised is, for each image,
+another gradient. Here the votes of training are the cells' softmax probabilities instead, which
+training for a lead drives towards 0 and 1. What is minimised is, for each image with label y,
 
-    max(0, margin + max over c of votes(c) - votes(y)),   c other than the label y,
+    max(0, margin + max over c of votes(c) - votes(y)),   c other than y,
 
-(mixed with the cross-entropy of the mean logits by ``clean_share``) where votes(c) in [0, 1] is the mean over all cells of the probability of c. With a margin of 2k / V
-a loss of 0 means that the confidences of the clean image certify it by number alone.
+where votes(c) in [0, 1] is the mean over all cells of the probability of c; mixed, by
+``clean_share``, with the cross-entropy of the mean logits. With a margin of 2k / V, a loss of 0
+means that the confidences of the clean image certify it by number alone.
 """
 
 from __future__ import annotations

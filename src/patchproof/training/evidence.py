@@ -193,9 +193,13 @@ class MaskedEvidenceRecipe(LocalRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class ClippedRecipe(LocalRecipe):
-    """Train on the mean of tanh(0.05 u - 1) over all cells, u their logits."""
+    """Train on the mean of tanh(0.05 u - 1) over all cells, u their logits.
 
-    scale: float = 20.0
+    With the default scale and label smoothing the cross-entropy is least at a lead of the label of
+    about 0.45. A patch that corrupts k of V cells moves it by up to 2k / V.
+    """
+
+    scale: float = 10.0
 
     @property
     def name(self) -> str:
