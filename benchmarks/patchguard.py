@@ -23,6 +23,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,8 +107,8 @@ def masking(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             assert bool((verdict[0] == Verdict.HOLDS).all()) == plain_certificate(plain, 0, 6)
             times = pairs(
                 arguments.repeats,
-                lambda: aggregation.certify(outputs, labels, windows.members),
-                lambda: plain_certificate(plain, 0, 6),
+                partial(aggregation.certify, outputs, labels, windows.members),
+                partial(plain_certificate, plain, 0, 6),
             )
             rows.append(
                 {

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # Every run behind the tables of this folder. A run that was stopped goes on when called again.
 #   DATA=path/to/parquet/folders docs/results/run.sh NAME
-# NAME: mnist, cifar10, training, threats, location, detection, analyses or imagenette.
+# NAME: mnist, cifar10, training, threats, location, detection, analyses, imagenette, patchguard or
+# patchguard-analyses.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?a folder with mnist, cifar10 and imagenette in Parquet}
 OUT=${OUT:-docs/results}
 patchproof=${PATCHPROOF:-.venv/bin/patchproof}
 
-case ${1:?mnist, cifar10, training, threats, location, detection, analyses or imagenette} in
+case ${1:?a name, see above} in
   mnist)
     for masks in ${MASKS:-2 3 4 6 8}; do
       for patch in 5 2; do
@@ -125,6 +126,28 @@ PYTHON
       $patchproof certify --data "$DATA/imagenette" --split validation --count 20 --note "$note" \
         --model timm:$model --weights "$weights" --patch 2% --masks 6 --gallery 2 \
         --out "$OUT/imagenette-32x32-k6-$model"
+    done
+    ;;
+  patchguard)
+    # PatchGuard and what it compares with: on one BagNet, on one trained for each, on ablations.
+    note="CIFAR-10 re-compressed as JPEG by its source: close to, but not, the original pixels"
+    for data in ${SETS:-cifar10 mnist}; do
+      case $data in
+        cifar10) bagnet=bagnet7 patches="5 2" about=(--note "$note") ;;
+        mnist) bagnet=bagnet9 patches=5 about=() ;;
+      esac
+      on_one="patchguard clipped-bagnet bagcert median trimmed-mean"
+      for patch in ${PATCHES:-$patches}; do
+        for run in ${RUNS:-$(printf '%s:masked ' $on_one) clipped-bagnet:clipped bagcert:bagcert \
+          median:median trimmed-mean:trimmed patchguard:plain \
+          derandomized-smoothing:band4 patchguard:band4}; do
+          defense=${run%:*} network=$bagnet-${run#*:}
+          if [ "${run#*:}" = band4 ]; then network=band4; fi
+          $patchproof certify --data "$DATA/$data" --weights "zoo/$data-$network.safetensors" \
+            --patch "$patch" --defense "$defense" --gallery "${GALLERY:-0}" "${about[@]}" \
+            --out "$OUT/patchguard-$data-${patch}x$patch-$defense-${run#*:}"
+        done
+      done
     done
     ;;
 esac

@@ -86,7 +86,7 @@ def test_data_of_the_hugging_face_library(patchproof: Patchproof, workplace: Pat
 MISTAKES = {
     "no such file": (f"{CERTIFY} run --model onnx:no.onnx", "no.onnx, which is not a file"),
     "weights too": (f"{CERTIFY} run {ONNX} --weights w.safetensors", "which holds its own"),
-    "published weights": (f"{CERTIFY} run {ONNX} --pretrained", "timm:, torchvision: or hf:"),
+    "published weights": (f"{CERTIFY} run {ONNX} --pretrained", "torchvision: or hf: model"),
     "an option of nothing": (f"{CERTIFY} run --model-option size=8", "--model-option with --model"),
     "an option without a value": (f"{CERTIFY} run {ONNX} --model-option size", "NAME=JSON"),
     "training": (

@@ -129,7 +129,10 @@ MISTAKES = {
         f"{DETECT} --inference challenger",
         "--inference: expected",
     ),
-    "no such defense": (f"{CERTIFY} --defense magic", "patchcleanser, minority-reports or a file"),
+    "no such defense": (
+        f"{CERTIFY} --defense magic",
+        "patchcleanser, minority-reports, patchguard",
+    ),
     "a fill out of range": (f"{CERTIFY} --fill 2", "--fill"),
     "no such device": (CERTIFY.replace("cpu", "abacus"), "--device: expected"),
     "a folder of something else": (CERTIFY.replace("run", "images"), "got a folder that holds"),

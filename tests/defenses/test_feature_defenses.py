@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -361,9 +362,7 @@ def test_features_that_are_not_finite_count_as_corrupted() -> None:
         def local_logits(self, images: torch.Tensor) -> torch.Tensor:
             logits = super().local_logits(images)
             nothing = torch.full_like(logits[:, :, :4, :4], torch.inf)
-            return torch.cat(
-                [torch.cat([nothing, logits[:, :, :4, 4:]], 3), logits[:, :, 4:]], 2
-            )
+            return torch.cat([torch.cat([nothing, logits[:, :, :4, 4:]], 3), logits[:, :, 4:]], 2)
 
     images = mild_images(40)
     plain, blind = (
@@ -372,6 +371,7 @@ def test_features_that_are_not_finite_count_as_corrupted() -> None:
     )
     with pytest.warns(UserWarning, match="not finite"):
         labels = blind.predict(images)
+    with pytest.warns(UserWarning, match="not finite"):
         result = blind.certify(images, labels)
     assert not (result.certified & ~plain.certify(images, labels).certified).any()
     assert 0 < result.certified.sum() < plain.certify(images, labels).certified.sum()
@@ -386,7 +386,7 @@ def test_top_k_certificates() -> None:
     tops = [defense.certify_top(images, labels, k) for k in (1, 2, 3)]
     assert torch.equal(tops[0].right, first.prediction == labels)
     assert torch.equal(tops[0].certified, first.certified)
-    for less, more in zip(tops, tops[1:], strict=False):
+    for less, more in pairwise(tops):
         assert not (less.right & ~more.right).any()
         assert not (less.certified & ~more.certified).any()
     assert 0 < tops[0].certified.sum() < tops[1].certified.sum() < tops[1].right.sum() < 60
@@ -407,9 +407,7 @@ def test_larger_patches_never_certify_more() -> None:
         counts = []
         before = torch.ones(60, dtype=torch.bool)
         for side in (1, 2, 3):
-            defense: Any = make(
-                Hostile(1).eval(), pp.SquarePatch(side), image_size=SIZE, **options
-            )
+            defense: Any = make(Hostile(1).eval(), pp.SquarePatch(side), image_size=SIZE, **options)
             certified = defense.certify(images, defense.predict(images)).certified
             assert not (certified & ~before).any()
             before = certified

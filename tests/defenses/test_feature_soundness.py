@@ -100,7 +100,7 @@ def test_no_content_changes_what_is_certified(name: str) -> None:
     make, options = LOCAL[name]
     gain = 200.0 if make is pp.ClippedBagNet else 10.0
     defense = make(Hostile(1, gain=gain).eval(), pp.SquarePatch(2), image_size=SIZE, **options)
-    wrong, others = attack_both(defense, mild_images(50, 1), some=5, count=6)
+    wrong, others = attack_both(defense, mild_images(50, 1), some=6, count=8)
     assert wrong == 0
     assert others, "the attack must be able to win"
 

@@ -1,10 +1,13 @@
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from halves import make_defense, make_halves
 
 from patchproof import PatchproofError, RunError
-from patchproof.evaluation import certify_dataset, read_result
+from patchproof.evaluation import Proportion, Summary, certify_dataset, read_result
 
 
 @pytest.fixture
@@ -55,6 +58,44 @@ def test_a_damaged_file_is_named(run: Path, name: str) -> None:
     (run / name).write_bytes(b"PAR1 then nothing")
     with pytest.raises(RunError, match=f"{name}: .*damaged"):
         read_result(run)
+
+
+def edit_about(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what the manifest records of how the run was made."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    change(manifest["about"])
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_what_a_run_records_of_its_paper(run: Path) -> None:
+    """A run of before there were defenses without a sound condition says nothing of it."""
+    recorded = read_result(run).manifest["about"]
+    assert recorded["paper"] == "sound"
+    assert recorded["defense_words"] == "9 masks"
+    share = figures(run)
+    edit_about(run, lambda about: about.pop("paper"))
+    assert figures(run) == share
+    edit_about(run, lambda about: about.update(paper="unsound"))
+    assert figures(run) == (share[0], "unsound")
+    edit_about(run, lambda about: about.update(paper=None))
+    assert figures(run) == (None, None)
+    edit_about(run, lambda about: about.update(paper="perhaps"))
+    with pytest.raises(PatchproofError, match="sound or unsound, got 'perhaps'"):
+        read_result(run)
+
+
+def figures(run: Path) -> tuple[Proportion | None, str | None]:
+    summary = read_result(run).summary
+    assert isinstance(summary, Summary)
+    return summary.paper_accuracy, summary.paper
+
+
+def test_a_run_of_before_goes_on(run: Path) -> None:
+    """What is recorded of how a run was made does not make it another run."""
+    edit_about(run, lambda about: about.pop("paper"))
+    before = read_result(run).examples
+    certify_dataset(make_defense(), make_halves(6), run, gallery=2)
+    assert read_result(run).examples.equals(before)
 
 
 def test_a_missing_timing_shard_is_named(run: Path) -> None:

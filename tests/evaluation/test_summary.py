@@ -1,7 +1,7 @@
 import pandas as pd
 import pytest
 
-from patchproof.evaluation import Proportion, summarize
+from patchproof.evaluation import Proportion, Summary, summarize
 from patchproof.results import RunError
 
 
@@ -46,6 +46,22 @@ def test_corrupt_images_are_in_no_accuracy() -> None:
     assert summary.certified_accuracy.value == pytest.approx(1 / 3)
     assert summary.paper_accuracy.value == 0.0
     assert summary.cases == {"agreed": 2, "majority": 1}
+
+
+def test_without_a_condition_of_the_paper_there_is_no_figure() -> None:
+    summary = summarize(*tables(), paper=None)
+    assert isinstance(summary, Summary)
+    assert summary.paper_accuracy is None
+    assert summary.paper is None
+    assert summary.to_dict()["paper_accuracy"] is None
+
+
+def test_an_unsound_condition_is_marked() -> None:
+    summary = summarize(*tables(), paper="unsound")
+    assert isinstance(summary, Summary)
+    assert summary.paper == "unsound"
+    assert summary.paper_accuracy is not None
+    assert summary.paper_accuracy.value == 0.0
 
 
 def test_cost_is_per_image_and_per_certified_image() -> None:

@@ -1,3 +1,4 @@
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -95,6 +96,31 @@ def test_figures_are_those_of_the_summary(make_run: MakeRun, out: Path) -> None:
     assert f"{summary.forwards_per_image:,.1f} model forwards per image" in page.text
     assert f"{summary.images_per_second:,.1f} images/s" in page.text
     assert all(f"{case} {count}" in page.text for case, count in summary.cases.items())
+
+
+def test_a_run_of_features_says_what_it_looks_at(make_run: MakeRun, out: Path) -> None:
+    words = "256 local features of 7x7 pixels, stride 2, windows of 6x6"
+    folder = make_run(paper="unsound", defense_words=words)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    defense = manifest["identity"]["defense"]
+    for name in ("masks", "masks_per_side", "multiplicity", "inference"):
+        del defense[name]
+    defense |= {"type": "PatchGuard", "ablation": None, "bands": 1, "feature": "logits"}
+    defense |= {"threshold": 0.2, "window": [6, 6], "high": 1e6}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    page = report(out, folder)
+    assert "PatchGuard, logits, window 6, T 0.2" in page.text
+    assert f"PatchGuard; {words}; certificates hold if rounding moves" in page.text
+    assert "hidden pixels" not in page.text
+    assert "Paper condition (not sound)" in page.text
+    assert "not sound" in page.source.partition("</table>")[0]
+
+
+def test_a_dash_where_the_paper_states_no_condition(make_run: MakeRun, out: Path) -> None:
+    page = report(out, make_run("one", paper=None), make_run("two"))
+    first, _, rest = page.source.partition("</table>")
+    assert first.count(f'<td class="number">{NONE}</td>') == 1
+    assert rest.count("What the paper&#39;s criterion states") == 1
 
 
 def test_the_threat_is_said_with_its_pixels_and_their_space(make_run: MakeRun, out: Path) -> None:

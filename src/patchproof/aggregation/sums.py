@@ -16,7 +16,7 @@ from patchproof.aggregation.evidence import (
     TanhLogits,
 )
 from patchproof.aggregation.features import FeatureAggregation, stays
-from patchproof.results import Outputs
+from patchproof.results import Outputs, Paper
 
 
 class BoundedSum(FeatureAggregation):
@@ -58,7 +58,7 @@ class ClippedSum(BoundedSum):
         tolerance: how far rounding may move a score of a view.
     """
 
-    paper = "unsound"
+    paper: Paper | None = "unsound"
 
     def __init__(self, tolerance: float) -> None:
         super().__init__(TanhLogits(), tolerance)
@@ -92,7 +92,7 @@ class CountedVotes(BoundedSum):
         tolerance: how far rounding may move a score of a view.
     """
 
-    paper = "sound"
+    paper: Paper | None = "sound"
 
     def __init__(self, least: float | None, tolerance: float) -> None:
         super().__init__(Prediction() if least is None else ConfidentVotes(least=least), tolerance)
@@ -117,7 +117,7 @@ class SpatialVotes(BoundedSum):
         tolerance: how far rounding may move a score of a view.
     """
 
-    paper = "sound"
+    paper: Paper | None = "sound"
 
     def __init__(self, evidence: Prediction | Confidence, tolerance: float) -> None:
         super().__init__(evidence, tolerance)

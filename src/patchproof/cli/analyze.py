@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
+from patchproof.cli import analyze_features
 from patchproof.cli import options as opt
 from patchproof.cli.bench import Bench, Name, Out, check_out, made_now, on_bench, show
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from patchproof.threat.masks import Layout
 
 _SETUPS = "Setups"
+_MASKS = "Masked images (PatchCleanser)"
+_FEATURES = "Small parts of the image (PatchGuard)"
 _LONGEST_RANGE = 1000
 _SETUP = ("masks_per_side", "multiplicity", "layout")
 """The columns that say which row is which."""
@@ -57,16 +60,17 @@ Side = Annotated[
 ]
 
 app = typer.Typer(
-    help="Analyse a classifier as the PatchCleanser paper does: tables (CSV, Markdown) and figures "
-    "(PNG, SVG).\n\n"
-    "The classifier is asked once about every view of every image: the image, and the image with "
-    "any two of the masks. That is recorded in --out, and every analysis reads it there.",
+    help="Analyse classifiers as the papers do: tables (CSV, Markdown) and figures (PNG, SVG).\n\n"
+    "A classifier is asked once about every view of every image: the image with any two of the "
+    "masks, or each small part of it. That is recorded in --out, and every analysis reads it "
+    "there.",
 )
 
 
 @app.command(
+    rich_help_panel=_MASKS,
     epilog="Example: patchproof analyze budget --data data/mnist --weights "
-    "zoo/mnist-cutout.safetensors --count 500 --patch 5 --masks 2,3,4,6 --out runs/mnist"
+    "zoo/mnist-cutout.safetensors --count 500 --patch 5 --masks 2,3,4,6 --out runs/mnist",
 )
 @on_bench
 def budget(
@@ -100,8 +104,9 @@ def budget(
 
 
 @app.command(
+    rich_help_panel=_MASKS,
     epilog="Example: patchproof analyze inference --data data/mnist --weights "
-    "zoo/mnist-cutout.safetensors --count 500 --patch 5 --masks 2,3,4,6 --out runs/mnist"
+    "zoo/mnist-cutout.safetensors --count 500 --patch 5 --masks 2,3,4,6 --out runs/mnist",
 )
 @on_bench
 def inference(
@@ -135,8 +140,9 @@ def inference(
 
 
 @app.command(
+    rich_help_panel=_MASKS,
     epilog="Example: patchproof analyze sizes --data data/mnist --weights "
-    "zoo/mnist-cutout.safetensors --count 500 --patches 2-20 --masks 4 --out runs/mnist"
+    "zoo/mnist-cutout.safetensors --count 500 --patches 2-20 --masks 4 --out runs/mnist",
 )
 @on_bench
 def sizes(
@@ -178,9 +184,10 @@ def sizes(
 
 
 @app.command(
+    rich_help_panel=_MASKS,
     epilog="Example: patchproof analyze overestimate --data data/mnist --weights "
     "zoo/mnist-cutout.safetensors --count 500 --patch 5 --estimates 5,6,8,10 --masks 4 "
-    "--out runs/mnist"
+    "--out runs/mnist",
 )
 @on_bench
 def overestimate(
@@ -230,7 +237,8 @@ def overestimate(
 
 
 @app.command(
-    epilog="Example: patchproof analyze objects runs/mnist-5x5 --boxes boxes.csv --out runs/mnist"
+    rich_help_panel=_MASKS,
+    epilog="Example: patchproof analyze objects runs/mnist-5x5 --boxes boxes.csv --out runs/mnist",
 )
 def objects(
     result: Annotated[
@@ -297,6 +305,9 @@ def objects(
     if left_out := about.get("images_without_boxes"):
         typer.echo(f"{left_out:,} images have no box: they are in no row of the sizes")
     typer.echo(f"Tables and figures: {folder.path}")
+
+
+analyze_features.add_to(app, _FEATURES)
 
 
 def _one_setup(masks: str, multiplicity: str, layout: Literal["paper", "balanced"]) -> Setup:

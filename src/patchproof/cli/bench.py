@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import platform
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,12 +25,18 @@ if TYPE_CHECKING:
     from patchproof.cli.building import Classifier
     from patchproof.datasets import ImageDataset
     from patchproof.evaluation.analyses import Study
-    from patchproof.evaluation.recording import RecordingProgress
+    from patchproof.evaluation.feature_recording import FeatureRecording
+    from patchproof.evaluation.recording import Recording, RecordingProgress, ShardedArchive
     from patchproof.threat import MaskSet
+
+    AnyRecording = Recording | FeatureRecording
 
 _OUTPUT = "Output"
 _DATA = "Data"
 _ROWS_SHOWN = 40
+
+RECORDINGS = "recordings"
+"""The folder of the recordings in that of the analyses."""
 
 Out = Annotated[
     Path,
@@ -103,12 +110,12 @@ class Bench:
             typer.Exit: Ctrl-C, after what is recorded is written.
         """
         from patchproof.evaluation.analyses import Study
-        from patchproof.evaluation.recording import Archive, Recording
+        from patchproof.evaluation.recording import Archive
         from patchproof.report.analysis import AnalysisFolder
 
         check_out(self.out)
         archive = Archive(
-            self.out / "recordings",
+            self.out / RECORDINGS,
             self.classifier.model,
             self.dataset,
             fill=self.fill,
@@ -119,6 +126,27 @@ class Bench:
             "analysis": analysis,
             "parameters": dict(parameters),
             "model": archive.model_identity,
+            **self.identity(archive),
+        }
+        folder = AnalysisFolder(self.out / (self.name or analysis), identity)
+        folder.check()
+        used: list[Recording] = []
+        with recording_bar(archive.folder, len(self.dataset), recordings) as bar:
+
+            def record(mask_set: MaskSet) -> Recording:
+                used.append(archive.record(mask_set, bar.next(f"{len(mask_set)} masks")))
+                return used[-1]
+
+            made = table(Study(record, self.image_size, self.fill, self.tolerance))
+        about = self.about(used, archive.forwards) | {"model_card": dict(self.classifier.card)}
+        folder.write({analysis: made}, figures(made), about)
+        show(f"{analysis} of {len(used[0]):,} images of {self.dataset.name}", made, shown)
+        tell_cost(about)
+        typer.echo(f"Tables and figures: {folder.path}")
+
+    def identity(self, archive: ShardedArchive) -> dict[str, Any]:
+        """Return what decides a table beside analysis and model, as JSON values."""
+        return {
             "dataset": {
                 "name": self.dataset.name,
                 "split": self.dataset.split,
@@ -130,45 +158,23 @@ class Bench:
             "precision": "float32",
             "patchproof": version("patchproof"),
         }
-        folder = AnalysisFolder(self.out / (self.name or analysis), identity)
-        folder.check()
-        used: list[Recording] = []
-        bar = _Bar(len(self.dataset), recordings)
 
-        def record(mask_set: MaskSet) -> Recording:
-            used.append(archive.record(mask_set, bar.next(f"{len(mask_set)} masks")))
-            return used[-1]
+    def about(self, used: Sequence[AnyRecording], spent: int) -> dict[str, Any]:
+        """Return how tables were made, as JSON values.
 
-        try:
-            made = table(Study(record, self.image_size, self.fill, self.tolerance))
-        except KeyboardInterrupt as interrupt:
-            bar.stop()
-            typer.echo(
-                f"patchproof: stopped; what is recorded is in {archive.folder}, and the same "
-                "command goes on from there",
-                err=True,
-            )
-            raise typer.Exit(130) from interrupt
-        finally:
-            bar.stop()
+        Args:
+            used: the recordings that they were made of.
+            spent: the forward passes in this run.
+        """
         forwards = sum(recording.forwards for recording in used)
-        about = made_now() | {
+        return made_now() | {
             "seed": self.seed,
             "corrupt_images": used[0].corrupt,
             "forwards_recorded": forwards,
-            "forwards_in_this_run": archive.forwards,
+            "forwards_in_this_run": spent,
             "seconds_per_forward": sum(recording.seconds for recording in used) / forwards,
             "timed_on": sorted({words for recording in used for words in recording.machines}),
-            "model_card": dict(self.classifier.card),
         }
-        folder.write({analysis: made}, figures(made), about)
-        show(f"{analysis} of {len(used[0]):,} images of {self.dataset.name}", made, shown)
-        if used[0].corrupt:
-            typer.echo(f"{used[0].corrupt:,} images are corrupt and left out")
-        typer.echo(
-            f"{forwards:,} model forwards are recorded, {archive.forwards:,} of them in this run"
-        )
-        typer.echo(f"Tables and figures: {folder.path}")
 
 
 def open_bench(
@@ -233,7 +239,7 @@ def open_bench(
     threads: opt.Threads = None,
 ) -> Bench:
     """Load the images and the classifier that the options of every analysis name."""
-    from patchproof.cli.building import ModelOptions, build_classifier, choose_slice, use_threads
+    from patchproof.cli.building import choose_slice, use_threads
     from patchproof.datasets import load_dataset
     from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
 
@@ -241,14 +247,7 @@ def open_bench(
     size = None if image_size is None else opt.parse_pair("--image-size", image_size)
     dataset = load_dataset(data, split, root=root, image_size=size, download=download)
     dataset = choose_slice(dataset, count, seed, indices)
-    classifier = build_classifier(
-        ModelOptions(
-            weights, model, classes, pretrained, device, opt.parse_model_options(model_option)
-        ),
-        dataset.image_size,
-        dataset.channels,
-        len(dataset.class_names),
-    )
+    classifier = load_classifier(dataset, weights, model, model_option, classes, pretrained, device)
     fills = (fill, classifier.fill, DEFAULT_FILL)
     return Bench(
         out=out,
@@ -262,16 +261,54 @@ def open_bench(
     )
 
 
+def load_classifier(
+    dataset: ImageDataset,
+    weights: Path | None,
+    model: str | None,
+    model_option: list[str] | None,
+    classes: int | None,
+    pretrained: bool,
+    device: str,
+) -> Classifier:
+    """Load a classifier of a data set, as the options name it."""
+    from patchproof.cli.building import ModelOptions, build_classifier
+
+    return build_classifier(
+        ModelOptions(
+            weights, model, classes, pretrained, device, opt.parse_model_options(model_option)
+        ),
+        dataset.image_size,
+        dataset.channels,
+        len(dataset.class_names),
+    )
+
+
 def on_bench(analysis: Callable[..., None]) -> Callable[..., None]:
     """Make a command of a function whose first argument is a ``Bench``.
 
     The command has the function's other options, and those of ``open_bench``.
     """
-    shared = inspect.signature(open_bench, eval_str=True).parameters
+    return make_command(analysis, open_bench, bench_options())
+
+
+def bench_options() -> dict[str, inspect.Parameter]:
+    """Return the options of ``open_bench`` by their names."""
+    return dict(inspect.signature(open_bench, eval_str=True).parameters)
+
+
+def make_command(
+    analysis: Callable[..., None],
+    opened: Callable[..., Any],
+    shared: Mapping[str, inspect.Parameter],
+) -> Callable[..., None]:
+    """Make a command of a function whose first argument is what ``opened`` returns.
+
+    The command has the function's other options, and those in ``shared``, which ``opened`` takes.
+    """
     own = list(inspect.signature(analysis, eval_str=True).parameters.values())[1:]
 
     def command(**values: Any) -> None:
-        bench = open_bench(**{name: values.pop(name) for name in shared})
+        bench = opened(**{name: values.pop(name) for name in shared})
         analysis(bench, **values)
 
     parameters = [
@@ -344,7 +381,44 @@ def show(title: str, table: pd.DataFrame, columns: Iterable[str]) -> None:
     Console().print(printed)
 
 
-class _Bar:
+def tell_cost(about: Mapping[str, Any]) -> None:
+    """Print how many images are left out, and what was asked of the models."""
+    if corrupt := about["corrupt_images"]:
+        typer.echo(f"{corrupt:,} images are corrupt and left out")
+    typer.echo(
+        f"{about['forwards_recorded']:,} model forwards are recorded, "
+        f"{about['forwards_in_this_run']:,} of them in this run"
+    )
+
+
+@contextmanager
+def recording_bar(folder: Path, images: int, recordings: int) -> Iterator[RecordingBar]:
+    """Show a progress bar on stderr while something is recorded.
+
+    Args:
+        folder: of the recordings.
+        images: of each recording.
+        recordings: how many there are.
+
+    Raises:
+        typer.Exit: Ctrl-C, after what is recorded is written.
+    """
+    bar = RecordingBar(images, recordings)
+    try:
+        yield bar
+    except KeyboardInterrupt as interrupt:
+        bar.stop()
+        typer.echo(
+            f"patchproof: stopped; what is recorded is in {folder}, and the same "
+            "command goes on from there",
+            err=True,
+        )
+        raise typer.Exit(130) from interrupt
+    finally:
+        bar.stop()
+
+
+class RecordingBar:
     """A progress bar on stderr for one recording after the other."""
 
     def __init__(self, images: int, recordings: int) -> None:

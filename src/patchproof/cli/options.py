@@ -13,6 +13,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from patchproof.models.ablation import Ablation
     from patchproof.threat import Threat
     from patchproof.threat.patches import Locations as Place
 
@@ -32,11 +33,11 @@ Weights = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        help="What to load the weights into: small-resnet, tiny-resnet, timm:NAME, "
-        "torchvision:NAME, hf:NAME (a transformers model of the Hugging Face hub, or its folder) "
-        "or python:package.module:factory (installed, or on PYTHONPATH); or onnx:FILE, which holds "
-        "its own. Its resize and normalisation are inside, so that the patch stays in the pixels "
-        "of your images.",
+        help="What to load the weights into: small-resnet, tiny-resnet, bagnet, band-resnet, "
+        "ablation-resnet, token-drop:NAME, timm:NAME, torchvision:NAME, hf:NAME (a transformers "
+        "model of the Hugging Face hub, or its folder) or python:package.module:factory "
+        "(installed, or on PYTHONPATH); or onnx:FILE, which holds its own. Its resize and "
+        "normalisation are inside, so that the patch stays in the pixels of your images.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -282,6 +283,20 @@ def parse_pair(option: str, text: str) -> tuple[int, int]:
         if min(first, second) >= 1:
             return first, second
     raise _misuse(option, "a number such as 6, or two such as 6x4, from 1", text)
+
+
+def parse_ablation(option: str, text: str) -> Ablation:
+    """Return ``column:4``, ``row:4`` or ``block:8`` as what is kept of an image.
+
+    Raises:
+        PatchproofError: something else.
+    """
+    from patchproof.models.ablation import Ablation
+
+    match = re.fullmatch(r"(column|row|block):(\d{1,9})", text.strip().lower())
+    if match is None:
+        raise _misuse(option, "column:4, row:4 or block:8 (pixels)", text)
+    return Ablation(match[1], int(match[2]))  # type: ignore[arg-type]  # the pattern is of kinds
 
 
 def parse_memory(text: str) -> int:

@@ -10,7 +10,7 @@ from torch import nn
 
 from patchproof.aggregation.evidence import LARGEST, Confidence, Evidence, Logits, Prediction
 from patchproof.defenses.checks import check_model
-from patchproof.defenses.saved import SavedDefense
+from patchproof.defenses.saved import DEFAULT_FILL, SavedDefense
 from patchproof.models.ablation import Ablation
 from patchproof.results import PatchproofError
 from patchproof.threat import threat_from_dict
@@ -49,29 +49,11 @@ class OverFeatures(SavedDefense, ABC):
         tolerance: float,
     ) -> FeatureViews:
         """Keep what the views are made of, and return them."""
-        check_model(model)
-        check_image_size(image_size)
         self._take(fill, tolerance)
-        if ablation is None and not hasattr(model, "local_logits"):
-            ablation = getattr(model, "ablation", None)
-            if ablation is None:
-                raise PatchproofError(
-                    "model: expected one with local_logits, such as bagnet, or an ablation to show "
-                    f"it parts of the image, such as column:4, got {type(model).__name__} and none"
-                )
-        self.ablation = ablation
+        self.features = choose_views(model, image_size, ablation, bands, fill)
+        views = self.features
+        self.ablation = views.ablation if isinstance(views, AblatedViews) else None
         self.bands = bands
-        if ablation is not None:
-            made_for = getattr(model, "ablation", ablation)
-            if hasattr(model, "ablated") and made_for != ablation:
-                raise PatchproofError(
-                    f"ablation: expected {made_for}, which the model was made for, got {ablation}"
-                )
-            self.features = AblatedViews(ablation, image_size, bands, fill)
-        elif bands != 1:
-            raise PatchproofError(f"bands: expected with an ablation only, got {bands}")
-        else:
-            self.features = LocalFeatureViews(model, image_size)
         return self.features
 
     def describe(self) -> str:
@@ -112,6 +94,48 @@ class OverFeatures(SavedDefense, ABC):
             ablation=None if ablation is None else Ablation(**ablation),
             **{name: values[name] for name in ("bands", *cls._OWN, "fill", "tolerance")},
         )
+
+
+def choose_views(
+    model: nn.Module,
+    image_size: ImageSize,
+    ablation: Ablation | None = None,
+    bands: int = 1,
+    fill: float = DEFAULT_FILL,
+) -> FeatureViews:
+    """Return the parts of the image that a defense of a model looks at.
+
+    Args:
+        model: in eval mode.
+        image_size: (H, W) in pixels.
+        ablation: what each view shows; None for the receptive fields of ``model.local_logits``, or
+            for the ablation that the model was made for.
+        bands: blocks that each ablated view keeps.
+        fill: the value that hidden pixels take.
+
+    Raises:
+        PatchproofError: a model in training mode, one without features that see a small part of the
+            image, an ablation that it was not made for, or numbers out of range.
+    """
+    check_model(model)
+    check_image_size(image_size)
+    if ablation is None and not hasattr(model, "local_logits"):
+        ablation = getattr(model, "ablation", None)
+        if ablation is None:
+            raise PatchproofError(
+                "model: expected one with local_logits, such as bagnet, or an ablation to show "
+                f"it parts of the image, such as column:4, got {type(model).__name__} and none"
+            )
+    if ablation is not None:
+        made_for = getattr(model, "ablation", ablation)
+        if hasattr(model, "ablated") and made_for != ablation:
+            raise PatchproofError(
+                f"ablation: expected {made_for}, which the model was made for, got {ablation}"
+            )
+        return AblatedViews(ablation, image_size, bands, fill)
+    if bands != 1:
+        raise PatchproofError(f"bands: expected with an ablation only, got {bands}")
+    return LocalFeatureViews(model, image_size)
 
 
 def default_feature(views: FeatureViews, feature: Feature | None) -> Feature:

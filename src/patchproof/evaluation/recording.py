@@ -422,8 +422,8 @@ class Shard:
             corrupt = len(set(self.corrupt))
             raise RunError(f"expected images that can be read, got none ({corrupt} corrupt)")
 
-    def bytes(self) -> int:
-        """Return the memory that its columns take."""
+    def memory(self) -> int:
+        """Return the bytes that its columns take."""
         return sum(column.nbytes for column in self.columns.values())
 
     @classmethod
@@ -498,7 +498,7 @@ class _Session:
         self._shards.append(shard)
         self._done += len(shard.positions())
         self._forwards += shard.forwards
-        self._bytes += shard.bytes()
+        self._bytes += shard.memory()
         if time.perf_counter() - self._flushed >= SHARD_SECONDS or self._bytes >= _SHARD_BYTES:
             self.flush()
         self.tell()

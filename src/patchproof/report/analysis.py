@@ -37,13 +37,28 @@ _HEADINGS = {
     "size_high": "to",
     "object_share": "objects (mean share of the image)",
     "objects": "images with objects",
+    "threat": "patch",
+    "receptive_field": "sees (pixels)",
+    "patch_side": "longest side of the patch (pixels)",
+    "mask_side": "windows for a patch of (pixels)",
+    "window_side": "side of the window (features)",
+    "threshold": "T",
+    "false_positives": "detection on clean images",
+    "images_wrong": "images wrong under some window",
+    "windows_changed": "windows that change the prediction",
+    "wrong_features": "wrong local predictions",
+    "largest_true": "largest logit of the true class",
+    "largest_malicious": "of the malicious class",
 }
 _SHARES = {
     *("vanilla", "clean", "certified", "certified_detection", "paper"),
     *("certified_estimate", "agreement"),
     *("patch_share", "area_ratio", "size_low", "size_high", "object_share"),
+    *("masked_accuracy", "images_wrong", "windows_changed", "false_positives", "wrong_features"),
 }
 """Columns that are written as percentages."""
+_PLAIN = {"clipped_below", "clipped_above", "threshold"}
+"""Columns that are written as they were given."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +171,8 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, float):
         if value != value:
             return ""
+        if name in _PLAIN:
+            return f"{value:g}"
         return f"{value:.1%}" if name in _SHARES else f"{value:,.2f}"
     return str(value).replace("|", "\\|")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -24,9 +25,9 @@ from matplotlib.ticker import (
 from patchproof.evaluation.analyses import certified_column
 from patchproof.report.plots import MARKERS, ON_LIGHT, Ink, interval_bars, style
 
-_Line = Literal["-", "--", ":"]
+LineStyle = Literal["-", "--", ":", ""]
 _ALGORITHMS = {"double": "double masking", "challenger": "challenger game"}
-_LINES: dict[str, _Line] = {"double": "-", "challenger": "--"}
+_LINES: dict[str, LineStyle] = {"double": "-", "challenger": "--"}
 _CHARACTERS = 12
 """Of a legend fit into an inch."""
 _APART = {"wspace": 0.08}
@@ -50,18 +51,18 @@ def budget_figures(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> dict[str, Figure
         clean, certified, forwards = accuracy.subplots(1, 3, gridspec_kw=_APART)
         for axes, measure in ((clean, "clean"), (certified, "certified")):
             _over_masks(axes, table, measure, ink)
-            _accuracy_axis(axes, f"{measure} accuracy", whole=measure == "certified")
+            accuracy_axis(axes, f"{measure} accuracy", whole=measure == "certified")
         _reference(clean, table, ink)
         _over_masks(forwards, table, "forwards", ink)
         forwards.set_ylim(bottom=0)
         _forwards_axis(forwards, table)
-        _legend(accuracy, clean, _has_ways(table))
+        add_legend(accuracy, clean, _styles(table))
 
         trade_off = Figure(figsize=(8.0, 3.6), layout="constrained")
         left, right = trade_off.subplots(1, 2, gridspec_kw=_APART)
         for axes, measure in ((left, "clean"), (right, "certified")):
             for one in _series(table):
-                _line(
+                draw_line(
                     axes,
                     one.rows["forwards"],
                     one.rows,
@@ -80,11 +81,11 @@ def budget_figures(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> dict[str, Figure
             axes.set_xlim(table["forwards"].min() / 1.4, table["forwards"].max() * 1.4)
             axes.set_xlabel("model forwards per image")
             _plain_ticks(axes.xaxis)
-            _accuracy_axis(axes, f"{measure} accuracy", whole=measure == "certified")
+            accuracy_axis(axes, f"{measure} accuracy", whole=measure == "certified")
         _reference(left, table, ink)
         if not _has_ways(table):
             trade_off.supxlabel("numbers at the points: masks per side", fontsize=9)
-        _legend(trade_off, left, _has_ways(table))
+        add_legend(trade_off, left, _styles(table))
     return {"accuracy": accuracy, "trade-off": trade_off}
 
 
@@ -103,15 +104,15 @@ def inference_figures(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> dict[str, Fig
         clean, forwards = figure.subplots(1, 2, gridspec_kw=_APART)
         _over_masks(clean, table, "clean", ink)
         _reference(clean, table, ink)
-        _accuracy_axis(clean, "clean accuracy", whole=False)
+        accuracy_axis(clean, "clean accuracy", whole=False)
         _over_masks(forwards, table, "forwards", ink)
         for one in _series(table):
             most = one.rows["forwards_most"]
-            forwards.plot(_per_side(one.rows), most, linestyle=":", color=_color(ink, one.place))
+            forwards.plot(_per_side(one.rows), most, linestyle=":", color=color_of(ink, one.place))
         forwards.set_yscale("log")
         _plain_ticks(forwards.yaxis)
         _forwards_axis(forwards, table)
-        words: dict[_Line, str] = {"-": "mean", ":": "most of any image"}
+        words: dict[LineStyle, str] = {"-": "mean", ":": "most of any image"}
         forwards.legend(
             handles=[
                 Line2D([], [], color=ink.text, linestyle=line, label=word)
@@ -120,7 +121,7 @@ def inference_figures(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> dict[str, Fig
             frameon=False,
             fontsize=9,
         )
-        _legend(figure, clean, _has_ways(table))
+        add_legend(figure, clean, _styles(table))
     return {"inference": figure}
 
 
@@ -141,13 +142,13 @@ def sizes_figures(
         figure = Figure(figsize=(5.4, 3.6), layout="constrained")
         axes = figure.subplots()
         _reference(axes, table, ink)
-        _line(axes, table["patch"], table, "clean", 2, ink, "clean")
-        _line(axes, table["patch"], table, "certified", 0, ink, "certified")
+        draw_line(axes, table["patch"], table, "clean", 2, ink, "clean")
+        draw_line(axes, table["patch"], table, "certified", 0, ink, "certified")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         height, width = image_size
         axes.set_xlabel(f"side of the square patch (pixels of the {height}x{width} image)")
-        _accuracy_axis(axes, "accuracy")
-        _legend(figure, axes)
+        accuracy_axis(axes, "accuracy")
+        add_legend(figure, axes)
     return {"sizes": figure}
 
 
@@ -166,13 +167,15 @@ def overestimate_figures(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> dict[str, 
         axes = figure.subplots()
         _reference(axes, table, ink)
         ratio = table["area_ratio"]
-        _line(axes, ratio, table, "clean", 2, ink, "clean")
-        _line(axes, ratio, table, "certified", 0, ink, "certified, actual patch")
-        _line(axes, ratio, table, "certified_estimate", 1, ink, "certified, estimated patch", ":")
+        draw_line(axes, ratio, table, "clean", 2, ink, "clean")
+        draw_line(axes, ratio, table, "certified", 0, ink, "certified, actual patch")
+        draw_line(
+            axes, ratio, table, "certified_estimate", 1, ink, "certified, estimated patch", ":"
+        )
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel("estimated area / actual area of the patch")
-        _accuracy_axis(axes, "accuracy")
-        _legend(figure, axes)
+        accuracy_axis(axes, "accuracy")
+        add_legend(figure, axes)
     return {"overestimate": figure}
 
 
@@ -193,7 +196,7 @@ def object_size_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
             table[measure],
             width=table["size_high"] - table["size_low"],
             align="edge",
-            color=_color(ink, 0),
+            color=color_of(ink, 0),
             edgecolor=ink.ground,
             linewidth=1.5,
         )
@@ -212,7 +215,7 @@ def object_size_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
         axes.set_xlim(min(edges), max(edges))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.set_xlabel("size of the objects (share of the image's pixels)")
-        _accuracy_axis(axes, f"{measure.replace('_', ' ')} accuracy")
+        accuracy_axis(axes, f"{measure.replace('_', ' ')} accuracy")
         axes.set_ylim(0, 1.1)
         axes.set_title("above the bars: number of images", fontsize=9)
     return figure
@@ -239,18 +242,20 @@ def class_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
             table[measure],
             yerr=interval_bars(_interval(table, measure)) if named else None,
             fmt="o" if named else ".",
-            color=_color(ink, 0),
+            color=color_of(ink, 0),
             capsize=3 if named else 0,
             markersize=6 if named else 3,
             linewidth=1.4,
         )
-        _accuracy_axis(axes, f"{measure.replace('_', ' ')} accuracy")
+        accuracy_axis(axes, f"{measure.replace('_', ' ')} accuracy")
         if with_sizes:
             if named:
-                panels[1].bar(rank, table["object_share"], color=_color(ink, 1), width=0.7)
+                panels[1].bar(rank, table["object_share"], color=color_of(ink, 1), width=0.7)
             else:
-                panels[1].plot(rank, table["object_share"], ".", color=_color(ink, 1), markersize=3)
-            _accuracy_axis(panels[1], "mean size of the objects\n(share of the pixels)")
+                panels[1].plot(
+                    rank, table["object_share"], ".", color=color_of(ink, 1), markersize=3
+                )
+            accuracy_axis(panels[1], "mean size of the objects\n(share of the pixels)")
             panels[1].set_ylim(0, 1)
         if named:
             panels[-1].set_xticks(rank, table["name"])
@@ -277,7 +282,7 @@ class _Series:
 
     name: str | None
     place: int
-    line: _Line
+    line: LineStyle
     rows: pd.DataFrame
 
 
@@ -306,6 +311,11 @@ def _has_ways(table: pd.DataFrame) -> bool:
     return bool(table["layout"].nunique() > 1 or table["multiplicity"].nunique() > 1)
 
 
+def _styles(table: pd.DataFrame) -> dict[str, LineStyle]:
+    """Return the inference algorithms by line style, where colours stand for something else."""
+    return {_ALGORITHMS[name]: line for name, line in _LINES.items()} if _has_ways(table) else {}
+
+
 def _per_side(rows: pd.DataFrame) -> pd.Series[float]:
     """Return the masks per side as one number: of rows and columns, the geometric mean."""
     sides = rows["masks_per_side"].map(lambda text: [int(side) for side in str(text).split("x")])
@@ -318,13 +328,13 @@ def _over_masks(axes: Axes, table: pd.DataFrame, measure: str, ink: Ink) -> None
     step = 0.09 if f"{measure}_low" in table else 0.0
     for number, one in enumerate(series):
         x = _per_side(one.rows) + step * (number - (len(series) - 1) / 2)
-        _line(axes, x, one.rows, measure, one.place, ink, one.name, one.line)
+        draw_line(axes, x, one.rows, measure, one.place, ink, one.name, one.line)
     axes.xaxis.set_major_locator(FixedLocator(sorted(set(_per_side(table).round(2)))))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     axes.set_xlabel("masks per side")
 
 
-def _line(
+def draw_line(
     axes: Axes,
     x: pd.Series[Any],
     rows: pd.DataFrame,
@@ -332,7 +342,7 @@ def _line(
     place: int,
     ink: Ink,
     label: str | None,
-    line: _Line = "-",
+    line: LineStyle = "-",
 ) -> None:
     """Draw a measure over ``x``, with its interval if it has one and a label."""
     has_interval = f"{measure}_low" in rows.columns
@@ -342,7 +352,7 @@ def _line(
         yerr=interval_bars(_interval(rows, measure)) if has_interval and label else None,
         marker=MARKERS[place % len(MARKERS)],
         linestyle=line,
-        color=_color(ink, place),
+        color=color_of(ink, place),
         markersize=5,
         capsize=3,
         linewidth=1.6,
@@ -383,7 +393,7 @@ def _reference(axes: Axes, table: pd.DataFrame, ink: Ink) -> None:
     )
 
 
-def _accuracy_axis(axes: Axes, label: str, whole: bool = True) -> None:
+def accuracy_axis(axes: Axes, label: str, whole: bool = True) -> None:
     """Show shares as percentages, from 0 to 100% if ``whole``."""
     if whole:
         axes.set_ylim(-0.025, 1.025)
@@ -414,26 +424,27 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
 
 
-def _legend(figure: Figure, axes: Axes, styles: bool = False) -> None:
+def add_legend(figure: Figure, axes: Axes, styles: Mapping[str, LineStyle] | None = None) -> None:
     """Put the legend of some axes above the figure, which grows by its rows.
 
     Args:
         figure: of the axes.
         axes: whose lines are named.
-        styles: name the line styles of the inference algorithms too.
+        styles: what line styles stand for, to be named too.
     """
+    styles = styles or {}
     handles, labels = axes.get_legend_handles_labels()
-    if styles:
-        handles += [
-            Line2D([], [], color=axes.xaxis.label.get_color(), linestyle=line)
-            for line in _LINES.values()
-        ]
-        labels += [_ALGORITHMS[algorithm] for algorithm in _LINES]
+    handles += [
+        Line2D([], [], color=axes.xaxis.label.get_color(), linestyle=line)
+        for line in styles.values()
+    ]
+    labels += styles
     widest = 6 + max(map(len, labels))
     columns = min(len(labels), max(1, int(figure.get_figwidth() * _CHARACTERS // widest)))
     figure.set_figheight(figure.get_figheight() + 0.22 * ((len(labels) - 1) // columns))
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False)
 
 
-def _color(ink: Ink, place: int) -> str:
+def color_of(ink: Ink, place: int) -> str:
+    """Return the colour of a series by its place in the legend."""
     return ink.series[place % len(ink.series)]

@@ -146,8 +146,9 @@ class Run:
             parts.append("balanced")
         if ablation := self.defense.get("ablation"):
             parts.append(f"{ablation['kind']} {ablation['size']}")
-        if "feature" in self.defense:
-            parts.append(str(self.defense["feature"]))
+        parts += [
+            str(self.defense[name]) for name in ("statistic", "feature") if name in self.defense
+        ]
         if window := _pair(self.defense.get("window")):
             parts.append(f"window {_once(window)}")
         parts += [
@@ -328,8 +329,11 @@ class Run:
         if "fill" in self.defense and (self.masks or self.defense.get("ablation")):
             parts.append(f"hidden pixels take the value {self.defense['fill']:g} of [0, 1]")
         if "tolerance" in self.defense:
+            logits = f"up to {self.defense['tolerance']:g} logits"
             parts.append(
-                f"margins up to {self.defense['tolerance']:g} logits count as lost in a certificate"
+                f"margins {logits} count as lost in a certificate"
+                if self.masks
+                else f"certificates hold if rounding moves scores by {logits}"
             )
         return "; ".join(parts)
 
