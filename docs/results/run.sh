@@ -150,4 +150,21 @@ PYTHON
       done
     done
     ;;
+  patchguard-analyses)
+    # Tables 6 to 15, Figures 3 and 8: of each model the local features are recorded once.
+    study=(--data "$DATA/cifar10" --out "$OUT/analyses-patchguard" --count "${COUNT:-2000}")
+    plain=(--weights zoo/cifar10-bagnet7-plain.safetensors)
+    masked=(--weights zoo/cifar10-bagnet7-masked.safetensors)
+    band=(--weights zoo/cifar10-band4.safetensors)
+    $patchproof analyze clipping "${study[@]}" "${plain[@]}" "${masked[@]}"
+    $patchproof analyze windows "${study[@]}" "${masked[@]}"
+    $patchproof analyze thresholds "${study[@]}" "${masked[@]}" --patches 5
+    $patchproof analyze feature-types "${study[@]}" "${masked[@]}" "${band[@]}" --patches 2,5
+    $patchproof analyze overlarge-masks "${study[@]}" "${masked[@]}" --patches 2,5 --masks 2,5,8
+    $patchproof analyze training "${study[@]}" "${plain[@]}" "${masked[@]}" --patches 2,5
+    $patchproof analyze top-k "${study[@]}" "${masked[@]}" --patches 2,5
+    $patchproof analyze patch-sizes "${study[@]}" "${masked[@]}" --patches 1-24
+    $patchproof analyze local-logits "${study[@]}" "${plain[@]}" "${masked[@]}" --patch 5 \
+      --count 500
+    ;;
 esac

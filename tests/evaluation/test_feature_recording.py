@@ -217,6 +217,7 @@ def test_other_seeds_are_other_places() -> None:
     ("options", "message"),
     [
         ({"steps": 0}, "at least one step"),
+        ({"seed": -1}, "seed: expected"),
         ({"step_size": 0.0}, r"a size in \(0, 1\]"),
         ({"threat": MultiplePatches(2, SquarePatch(2))}, "expected one patch"),
     ],

@@ -113,22 +113,23 @@ def test_thresholds_have_a_panel_a_patch() -> None:
     assert shown(panels[1])[3] == [1.0, 0.5, 0.0]
 
 
-def test_aggregations_have_a_panel_a_measure_and_a_line_each() -> None:
-    names = [f"defense {number}" for number in range(7)]
+def test_aggregations_have_a_panel_a_model_and_a_place_each() -> None:
     made = table(
         [
-            {"model": "a", "defense": name, "patch_side": side}
-            for name in names
-            for side in (5, 2)
-            if (name, side) != (names[6], 5)
+            {"model": model, "defense": defense, "threat": patch}
+            for model in ("bagnet", "bands")
+            for defense in ("patchguard", "median", "bagcert")
+            for patch in PATCHES
+            if (defense, patch) != ("median", "5x5 square")
         ]
     )
-    left, right = figures.aggregation_figure(made, (32, 32)).axes
-    assert lines(left)[1] == ([2, 5], [made["certified"][3], made["certified"][2]])
-    assert lines(right)[6] == ([2], [made["clean"][12]])
-    drawn: list[Any] = [container.lines[0] for container in left.containers]
-    looks = {(line.get_color(), line.get_linestyle()) for line in drawn}
-    assert len(looks) == len(names)
+    top, bottom = figures.aggregation_figure(made).axes
+    assert (top.get_title(), bottom.get_title()) == ("bagnet", "bands")
+    names = [tick.get_text() for tick in bottom.get_xticklabels()]
+    assert names == ["patchguard", "median", "bagcert"]
+    assert shown(top)[0] == made["certified"][[0, 2, 3]].tolist()
+    assert np.round(lines(bottom)[2][0]).tolist() == [0, 2]
+    assert shown(bottom)[3] == made["clean"][[6, 9]].tolist()
 
 
 def test_clipping_names_its_bounds() -> None:

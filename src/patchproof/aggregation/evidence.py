@@ -7,6 +7,7 @@ corrupted view.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +22,16 @@ LARGEST = 1e6
 """The default bound of logits: finite, so that no attacked view can drown the others in rounding,
 and larger than the logits of any network that is not attacked."""
 
+_STEPS = 33
+"""Evidence is a whole multiple of the largest value times 2 to the minus this: with 20 bits for the
+number of views, sums of up to a million are whole multiples that float64 holds."""
+
 
 class Evidence(ABC):
     """From the scores of a view to its evidence for each class, in [``low``, ``high``].
+
+    Evidence is rounded to multiples of a power of two, so that every sum of it is exact, in any
+    order and as a total minus a part. An attacker could otherwise decide ties by rounding.
 
     A view whose scores are not finite has evidence 0 (or the end of the range next to it) in
     ``values``; in ``bounds`` it may say anything, as a corrupted view.
@@ -34,7 +42,7 @@ class Evidence(ABC):
 
     def values(self, outputs: Outputs) -> Tensor:
         """Return the evidence of every view, (N, V, C) float64."""
-        values = self._of(self._basis(outputs), None)
+        values = self._rounded(self._of(self._basis(outputs), None))
         invalid = outputs.labels == INVALID_LABEL
         nothing = min(max(0.0, self.low), self.high)
         return values.masked_fill(invalid[..., None], nothing) if invalid.any() else values
@@ -57,18 +65,24 @@ class Evidence(ABC):
         basis = self._basis(outputs)
         chosen = labels[:, None, None].expand(-1, basis.shape[1], 1)
         low, most = (
-            self._of(basis.gather(2, chosen), change[..., None]).squeeze(2)
+            self._rounded(self._of(basis.gather(2, chosen), change[..., None])).squeeze(2)
             for change in (-error, error)
         )
         invalid = outputs.labels == INVALID_LABEL
 
         def high(classes: slice | Tensor) -> Tensor:
-            most = self._of(basis[..., classes], error[..., None])
+            most = self._rounded(self._of(basis[..., classes], error[..., None]))
             return most.masked_fill(invalid[..., None], self.high) if invalid.any() else most
 
         return Bounds(
             low.masked_fill(invalid, self.low), most.masked_fill(invalid, self.high), high
         )
+
+    def _rounded(self, values: Tensor) -> Tensor:
+        """Round values, which may be changed in place, to whole multiples of a step."""
+        # What is left of a value next to a number whose last bit is the step.
+        shift = 1.5 * 2.0**52 * step_of(self.low, self.high)
+        return values.add_(shift).sub_(shift)
 
     def _basis(self, outputs: Outputs) -> Tensor:
         """Return what the evidence of each class alone follows from, (N, V, C)."""
@@ -76,7 +90,7 @@ class Evidence(ABC):
 
     @abstractmethod
     def _of(self, basis: Tensor, error: Tensor | None) -> Tensor:
-        """Return the evidence, (N, V, K) float64, of some classes.
+        """Return the evidence before it is rounded, a new (N, V, K) float64, of some classes.
 
         Args:
             basis: (N, V, K).
@@ -101,7 +115,7 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Logits(Evidence):
-    """The scores themselves, clipped to [``low``, ``high``].
+    """The scores themselves, clipped to [``low``, ``high``], which are rounded as all evidence.
 
     Raises:
         PatchproofError: an empty or infinite range.
@@ -111,10 +125,16 @@ class Logits(Evidence):
     high: float = LARGEST
 
     def __post_init__(self) -> None:
-        if not -(LARGEST**2) <= self.low < self.high <= LARGEST**2:
-            raise PatchproofError(
-                f"expected finite clipping bounds, low < high, got {self.low} and {self.high}"
-            )
+        if -(LARGEST**2) <= self.low < self.high <= LARGEST**2:
+            step = step_of(self.low, self.high)
+            low, high = (round(end / step) * step for end in (self.low, self.high))
+            if low < high:
+                object.__setattr__(self, "low", low)
+                object.__setattr__(self, "high", high)
+                return
+        raise PatchproofError(
+            f"expected finite clipping bounds, low < high, got {self.low} and {self.high}"
+        )
 
     def _of(self, basis: Tensor, error: Tensor | None) -> Tensor:
         scores = basis.double() if error is None else basis + error
@@ -140,14 +160,16 @@ class Confidence(Evidence):
     high: float = 1.0
 
     def _basis(self, outputs: Outputs) -> Tensor:
-        return _scores(outputs).double().softmax(2)
+        """Return the log-odds, log p / (1 - p), which change by ``error`` at most."""
+        scores = _scores(outputs).double()
+        log_p = scores.log_softmax(2)
+        log_odds = log_p - torch.log1p(-log_p.exp())
+        best, first = scores.max(2, keepdim=True)  # its 1 - p may be too small for p
+        others = scores.scatter(2, first, -torch.inf).logsumexp(2, keepdim=True)
+        return log_odds.scatter_(2, first, best - others)
 
     def _of(self, basis: Tensor, error: Tensor | None) -> Tensor:
-        if error is None:
-            return basis
-        # The odds p / (1 - p) change by a factor of exp(error) at most.
-        changed = basis / (basis + (1.0 - basis) * torch.exp(-error))
-        return torch.where(error == 0, basis, changed)
+        return (basis if error is None else basis + error).sigmoid()
 
 
 @dataclass(frozen=True)
@@ -197,6 +219,11 @@ class ConfidentVotes(Confidence):
 
     def _of(self, basis: Tensor, error: Tensor | None) -> Tensor:
         return (super()._of(basis, error) >= self.least).double()
+
+
+def step_of(low: float, high: float) -> float:
+    """Return the step, a power of two, that evidence in [low, high] is a multiple of."""
+    return float(2.0 ** (math.frexp(max(-low, high))[1] - _STEPS))
 
 
 def _scores(outputs: Outputs) -> Tensor:

@@ -140,8 +140,10 @@ class RobustMasking(FeatureAggregation):
         for start in range(0, outputs.classes, at_once):
             high = at.high(slice(start, start + at_once))
             classes = torch.arange(start, start + high.shape[2]).expand(len(labels), -1)
-            # The total of a class bounds what stays of it, and few come near the label.
-            near = self._at_most(high.sum(1)) >= lowest.amin(1, keepdim=True)
+            # The total of a class bounds what stays of it if a window holds what is corrupted, and
+            # few come near the label.
+            near = ~(self._at_most(high.sum(1)) < lowest.amin(1, keepdim=True))
+            near |= not overlaps.all_contained
             most = int((near & (classes != labels[:, None])).sum(1).max())
             if most == 0:
                 continue
@@ -172,10 +174,7 @@ class RobustMasking(FeatureAggregation):
         )
 
     def _outside(self, high: Tensor) -> Tensor:
-        """Return the sums outside of each window, of clean images.
-
-        Their rounding, as a total minus a part, is far below the slack of a tolerance above 0.
-        """
+        """Return the sums outside of each window, of clean images: sums of evidence are exact."""
         return high.sum(1)[:, None, None] - self.windows.inside(high)
 
     def _at_most(self, outside: Tensor) -> Tensor:
@@ -186,13 +185,15 @@ class RobustMasking(FeatureAggregation):
         full = outside + self.evidence.high * cells
         if self.threshold == 1.0:
             return full
-        return torch.minimum(outside / (1.0 - self.threshold) * (1.0 + _OUTWARD), full)
+        rest = 1.0 - self.threshold
+        return torch.minimum(outside / rest * (1.0 + _OUTWARD / rest), full)
 
     def _overlaps_of(self, patterns: Tensor) -> Overlaps:
         """Return what is to know about windows and patterns, made once for the same tensor."""
-        if id(patterns) not in self._overlaps:
-            self._overlaps[id(patterns)] = (patterns, Overlaps(self.windows, patterns))
-        return self._overlaps[id(patterns)][1]
+        held = self._overlaps.get(id(patterns))
+        if held is None or held[0] is not patterns:  # a copy of this object has ids of before
+            held = self._overlaps[id(patterns)] = (patterns, Overlaps(self.windows, patterns))
+        return held[1]
 
 
 class Overlaps:
@@ -204,6 +205,7 @@ class Overlaps:
 
     Attributes:
         unique: each pattern is in one window alone.
+        all_contained: each pattern is in some window.
     """
 
     def __init__(self, windows: Windows, patterns: Tensor) -> None:
@@ -219,6 +221,7 @@ class Overlaps:
         )
         self._at_once = max(1, _MOST_ENTRIES // patterns.numel())
         self.unique = all(axis.containing.shape[1] == 1 for axis in self._axes)
+        self.all_contained = all(bool(axis.contained.all()) for axis in self._axes)
 
     def least(self, values: Tensor) -> Tensor:
         """Return the least value of the windows that contain each pattern, infinite if none does.

@@ -109,7 +109,7 @@ class RankSum(FeatureAggregation):
         return (last - first + 1).clamp(min=0)
 
     def _entries(self, patterns: Tensor) -> int:
-        return len(patterns) * int(patterns.sum(1).max())
+        return max(1, len(patterns) * int(patterns.sum(1).max()))
 
 
 def _listed(patterns: Tensor) -> Tensor:

@@ -210,7 +210,7 @@ def aggregations(
     for name in names:
         refusals = analyses.possible(bench.subjects(), threats, name)[1]
         _report([f"{name} of {refusal}" for refusal in refusals])
-    shown = ("model", "defense", "threat", *_ACCURACIES)
+    shown = ("model", "defense", "threat", "clean", "certified", "paper")
     bench.run(
         "aggregations",
         {
@@ -219,9 +219,7 @@ def aggregations(
             "feature": feature,
         },
         lambda subjects: {"aggregations": analyses.aggregations(subjects, threats, names, feature)},
-        lambda tables: {
-            "aggregations": aggregation_figure(tables["aggregations"], bench.image_size)
-        },
+        lambda tables: {"aggregations": aggregation_figure(tables["aggregations"])},
         {"aggregations": shown},
     )
 

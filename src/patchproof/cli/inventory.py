@@ -14,6 +14,7 @@ INVENTORY = {
         "tiny-resnet": "residual network for images of 8 pixels",
         "bagnet": "local features of small receptive fields, for images of 28 to 32 pixels "
         "(receptive_field, stride, widths, depth)",
+        "bagnet9, bagnet17, bagnet33": "ResNet-50 with local features, for about 224 pixels (size)",
         "band-resnet": "runs on one band or block of the image alone (ablation, size, widths)",
         "ablation-resnet": "sees which pixels are hidden (ablation, size, widths)",
         "token-drop:NAME": "a vision transformer of timm that drops the tokens of hidden pixels, "
@@ -38,7 +39,15 @@ INVENTORY = {
     "recipes": {
         "cutout": "training with two random squares on each image, for PatchCleanser",
         "greedy-cutout": "the same with the two masks of the defense that hurt most, from --start",
-        "plain": "the same without squares, for comparison",
+        "plain": "the same without squares, for comparison, and as a --start",
+        "ablation": "one random band or block of each image, for derandomized-smoothing and "
+        "patchguard (band-resnet, or any model with --ablation)",
+        "masked-evidence": "without the label's best window, for patchguard (bagnet)",
+        "bagcert": "a lead of the votes of local features, for bagcert (bagnet)",
+        "clipped": "the clipped sum of local features, for clipped-bagnet (bagnet)",
+        "median": "the median of local features (bagnet)",
+        "trimmed-mean": "their mean without the largest and smallest (bagnet)",
+        "top-masking": "their mean without the largest (bagnet)",
     },
     "defenses": {
         "patchcleanser": "PatchCleanser, double masking or the challenger game: certified recovery "

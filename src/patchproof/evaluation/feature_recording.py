@@ -39,6 +39,9 @@ FORMAT = "patchproof-features/1"
 
 _VALUES_AT_ONCE = 2**22
 
+_KEPT_FOR_GRADIENTS = 4
+"""Batches of an attack are smaller by this factor, since it keeps the activations of all layers."""
+
 
 class Attack(Protocol):
     """Changes images before their features are recorded."""
@@ -190,8 +193,15 @@ class FeatureArchive(ShardedArchive):
 
         def tables(columns: Columns, images: Tensor) -> Columns:
             if attack is not None:
-                right, index = (torch.from_numpy(columns[name]) for name in ("right", "index"))
-                images = attack(self.model, images, right.to(images.device), index)
+                right = torch.from_numpy(columns["right"]).to(images.device)
+                index = torch.from_numpy(columns["index"])
+                few = max(1, self._tuned_batch_size(images.device) // _KEPT_FOR_GRADIENTS)
+                images = torch.cat(
+                    [
+                        attack(self.model, images[some], right[some], index[some])
+                        for some in torch.split(torch.arange(len(images)), few)
+                    ]
+                )
             return self._tables(images)
 
         folder = self._complete(self.identity(attack), self._forwards, tables, progress)

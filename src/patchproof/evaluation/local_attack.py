@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -44,6 +45,8 @@ class RandomPlaceAttack:
                 "expected at least one step of a size in (0, 1], got "
                 f"{self.steps} of {self.step_size}"
             )
+        if self.seed < 0:
+            raise PatchproofError(f"seed: expected a number from 0, got {self.seed}")
 
     def __call__(self, model: nn.Module, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Return the attacked images, (N, C, H, W): equal to ``images`` outside of the patch."""
@@ -66,11 +69,12 @@ class RandomPlaceAttack:
         inside = torch.zeros(len(images), *images.shape[2:], dtype=torch.bool)
         content = torch.empty(images.shape)
         for image, index in enumerate(indices.tolist()):
-            generator = torch.Generator().manual_seed(hash((self.seed, index)) % 2**63)
-            region = int(torch.randint(len(regions), (), generator=generator))
+            random = np.random.default_rng((self.seed, index))
+            region = int(random.integers(len(regions)))
             for top, left, height, width in regions.parts[region].tolist():
                 inside[image, top : top + height, left : left + width] = True
-            content[image] = torch.rand(images.shape[1:], generator=generator)
+            drawn = random.random(tuple(images.shape[1:]), dtype=np.float32)
+            content[image] = torch.from_numpy(drawn)
         return inside, content
 
     def to_dict(self) -> dict[str, Any]:

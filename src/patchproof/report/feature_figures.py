@@ -136,37 +136,27 @@ def patch_size_figure(
     return figure
 
 
-def aggregation_figure(
-    table: pd.DataFrame, image_size: tuple[int, int], ink: Ink = ON_LIGHT
-) -> Figure:
-    """Draw secure aggregations of the same features over the size of the patch.
+def aggregation_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
+    """Draw secure aggregations of the same features side by side (PatchGuard, Table 4).
 
     Args:
         table: of ``feature_analyses.aggregations``.
-        image_size: (H, W) in pixels.
         ink: colours.
     """
-    height, width = image_size
-    defenses = list(dict.fromkeys(table["defense"]))
     models = list(table.groupby("model", sort=False))
+    defenses = list(dict.fromkeys(table["defense"]))
     with style(ink):
-        figure = Figure(figsize=(2 * _PANEL, 3.2 * len(models) + 0.3), layout="constrained")
-        panels = figure.subplots(len(models), 2, squeeze=False, sharex=True, gridspec_kw=_GAP)
-        for row, (model, of_model) in zip(panels, models, strict=True):
-            for axes, measure in zip(row, _STYLES, strict=True):
-                for defense, rows in of_model.groupby("defense", sort=False):
-                    place = defenses.index(str(defense))
-                    line: LineStyle = "-" if place < len(ink.series) else ":"
-                    order = rows.sort_values("patch_side", kind="stable")
-                    x = order["patch_side"]
-                    draw_line(axes, x, order, measure, place, ink, str(defense), line)
-                axes.set_title("" if len(models) == 1 else str(model), fontsize=9)
-                axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-                accuracy_axis(axes, f"{measure} accuracy")
-        figure.supxlabel(
-            f"longest side of the patch (pixels of the {height}x{width} image)", fontsize=10
-        )
-        add_legend(figure, max(panels[:, 0], key=lambda axes: len(axes.containers)))
+        width = max(5.6, 1.15 * len(defenses) + 1.2)
+        figure = Figure(figsize=(width, 3.0 * len(models) + 0.6), layout="constrained")
+        panels = figure.subplots(len(models), 1, squeeze=False, sharex=True)[:, 0]
+        places = pd.Series(_places(panels[-1], list(table["defense"])), index=table.index)
+        for axes, (model, rows) in zip(panels, models, strict=True):
+            _families(axes, rows, places, "threat", ink, joined=False)
+            axes.set_title("" if len(models) == 1 else str(model), fontsize=9)
+            axes.set_xlim(-0.5, len(defenses) - 0.5)
+            accuracy_axis(axes, "accuracy")
+        figure.supxlabel("filled: certified, hollow: clean", fontsize=9)
+        add_legend(figure, panels[0])
     return figure
 
 

@@ -77,6 +77,7 @@ def output_reach(
             "receptive fields: expected logits that the network computes from the image, got "
             f"{type(output).__name__}"
         )
+    tracer.check_current(output, "the output")
     return output, tracer.reach[output], tracer.sees_everything
 
 
@@ -103,10 +104,13 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has 
         def enter(name: str) -> Callable[..., None]:
             return lambda *_: self.layer.append(name)
 
+        def leave(*_: object) -> None:
+            self.layer.pop()
+
         hooks = []
         for name, module in network.named_modules():
             hooks.append(module.register_forward_pre_hook(enter(name)))
-            hooks.append(module.register_forward_hook(lambda *_: self.layer.pop() and None))
+            hooks.append(module.register_forward_hook(leave))
         try:
             yield
         finally:
@@ -120,6 +124,11 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has 
             f"{operation} in {self._where()}: {reason}"
         )
 
+    def check_current(self, tensor: Tensor, operation: str) -> None:
+        """Raise if a tensor was written to since its reach was found."""
+        if self._version.get(tensor, 0) != self._written.get(_storage(tensor), (None, 0))[1]:
+            raise self.refusal(operation, "its input was changed in place through another tensor")
+
     def _where(self) -> str:
         return f"layer {self.layer[-1]!r}" if self.layer[-1] else "the network itself"
 
@@ -131,8 +140,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has 
         name = func.overloadpacket.__name__
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         for tensor in inputs:
-            if self._version.get(tensor, 0) != self._written.get(_storage(tensor), (None, 0))[1]:
-                raise self.refusal(name, "its input was changed in place through another tensor")
+            self.check_current(tensor, name)
         if name in _OF_SHAPES.split() or not any(tensor in self.reach for tensor in inputs):
             return func(*args, **kwargs)
         in_place = name.endswith("_") and not name.endswith("__")
@@ -216,7 +224,9 @@ def _elementwise(
     func: Any, part: Part, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any
 ) -> Tensor:
     parts = [part(leaf) for leaf in tree_leaves((args, kwargs))]
-    return reduce(torch.minimum, [p for p in parts if p is not None])
+    found = reduce(torch.minimum, [p for p in parts if p is not None])
+    output = outputs if isinstance(outputs, Tensor) else outputs[0]
+    return found.view(*[1] * (output.ndim - found.ndim), *found.shape)  # constants may have more
 
 
 def _rearranged(
