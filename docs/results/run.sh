@@ -138,8 +138,8 @@ PYTHON
       esac
       on_one="patchguard clipped-bagnet bagcert median trimmed-mean"
       for patch in ${PATCHES:-$patches}; do
-        for run in ${RUNS:-$(printf '%s:masked ' $on_one) clipped-bagnet:clipped bagcert:bagcert \
-          median:median trimmed-mean:trimmed patchguard:plain \
+        for run in ${RUNS:-$(printf '%s:masked2 ' $on_one) clipped-bagnet:clipped bagcert:bagcert \
+          median:median trimmed-mean:trimmed patchguard:plain patchguard:masked \
           derandomized-smoothing:band4 patchguard:band4}; do
           defense=${run%:*} network=$bagnet-${run#*:}
           if [ "${run#*:}" = band4 ]; then network=band4; fi
@@ -154,14 +154,15 @@ PYTHON
     # Tables 6 to 15, Figures 3 and 8: of each model the local features are recorded once.
     study=(--data "$DATA/cifar10" --out "$OUT/analyses-patchguard" --count "${COUNT:-2000}")
     plain=(--weights zoo/cifar10-bagnet7-plain.safetensors)
-    masked=(--weights zoo/cifar10-bagnet7-masked.safetensors)
+    masked=(--weights zoo/cifar10-bagnet7-masked2.safetensors)
+    paper=(--weights zoo/cifar10-bagnet7-masked.safetensors)
     band=(--weights zoo/cifar10-band4.safetensors)
     $patchproof analyze clipping "${study[@]}" "${plain[@]}" "${masked[@]}"
     $patchproof analyze windows "${study[@]}" "${masked[@]}"
     $patchproof analyze thresholds "${study[@]}" "${masked[@]}" --patches 5
     $patchproof analyze feature-types "${study[@]}" "${masked[@]}" "${band[@]}" --patches 2,5
     $patchproof analyze overlarge-masks "${study[@]}" "${masked[@]}" --patches 2,5 --masks 2,5,8
-    $patchproof analyze training "${study[@]}" "${plain[@]}" "${masked[@]}" --patches 2,5
+    $patchproof analyze training "${study[@]}" "${plain[@]}" "${paper[@]}" "${masked[@]}" --patches 2,5
     $patchproof analyze top-k "${study[@]}" "${masked[@]}" --patches 2,5
     $patchproof analyze patch-sizes "${study[@]}" "${masked[@]}" --patches 1-24
     $patchproof analyze local-logits "${study[@]}" "${plain[@]}" "${masked[@]}" --patch 5 \

@@ -104,9 +104,9 @@ class RankSum(FeatureAggregation):
         return total.transpose(1, 2)
 
     def _among(self, start: Tensor, count: Tensor) -> Tensor:
-        """Return how many of the ranks from ``start`` on, ``count`` of them, are summed, (P,)."""
+        """Return how many of ``count`` ranks from ``start`` on are summed, (P,) float64."""
         first, last = start.clamp(min=self.first), (start + count - 1).clamp(max=self.last)
-        return (last - first + 1).clamp(min=0)
+        return (last - first + 1).clamp(min=0).double()
 
     def _entries(self, patterns: Tensor) -> int:
         return max(1, len(patterns) * int(patterns.sum(1).max()))
