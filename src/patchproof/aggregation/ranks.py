@@ -127,9 +127,9 @@ def median(evidence: Evidence, views: int, tolerance: float) -> RankSum:
 
 def trimmed_sum(evidence: Evidence, views: int, trim: int, tolerance: float) -> RankSum:
     """Return the sum, as good as the mean, without the ``trim`` lowest and highest views."""
-    if not 0 <= 2 * trim < views:
+    if type(trim) is not int or not 0 <= 2 * trim < views:
         raise PatchproofError(
-            f"trim: expected from 0 to less than half of {views} views at each end, got {trim}"
+            f"trim: expected from 0 to less than half of {views} views at each end, got {trim!r}"
         )
     return RankSum(evidence, views, trim, views - 1 - trim, tolerance)
 
@@ -139,6 +139,6 @@ def without_largest(evidence: Evidence, views: int, count: int, tolerance: float
 
     It needs no window, and so masks the views that several patches corrupt.
     """
-    if not 0 <= count < views:
-        raise PatchproofError(f"count: expected from 0 to less than {views} views, got {count}")
+    if type(count) is not int or not 0 <= count < views:
+        raise PatchproofError(f"count: expected from 0 to less than {views} views, got {count!r}")
     return RankSum(evidence, views, 0, views - 1 - count, tolerance)
