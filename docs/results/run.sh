@@ -152,7 +152,7 @@ PYTHON
     ;;
   patchguard-analyses)
     # Tables 6 to 15, Figures 3 and 8: of each model the local features are recorded once.
-    study=(--data "$DATA/cifar10" --out "$OUT/analyses-patchguard" --count "${COUNT:-2000}")
+    study=(--data "$DATA/cifar10" --out "$OUT/analyses-patchguard" --count "${COUNT:-1000}")
     plain=(--weights zoo/cifar10-bagnet7-plain.safetensors)
     masked=(--weights zoo/cifar10-bagnet7-masked2.safetensors)
     paper=(--weights zoo/cifar10-bagnet7-masked.safetensors)

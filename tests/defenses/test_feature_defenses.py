@@ -235,7 +235,7 @@ MISTAKES: dict[str, tuple[Make, ModelSpec, dict[str, Any], str]] = {
         {"threshold": float("nan")},
         r"in \[0, 1\], got nan",
     ),
-    "an infinite bound": (pp.PatchGuard, BAGNET, {"high": float("inf")}, "finite"),
+    "an infinite bound": (pp.PatchGuard, BAGNET, {"high": float("inf")}, "within 1,000,000"),
     "a negative bound": (pp.PatchGuard, BAGNET, {"high": -1.0}, "low < high"),
     "no such feature": (pp.PatchGuard, BAGNET, {"feature": "edges"}, "logits, confidence"),
     "a negative tolerance": (pp.BagCert, BAGNET, {"tolerance": -1.0}, "tolerance: expected"),

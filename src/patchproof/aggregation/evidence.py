@@ -125,7 +125,7 @@ class Logits(Evidence):
     high: float = LARGEST
 
     def __post_init__(self) -> None:
-        if -(LARGEST**2) <= self.low < self.high <= LARGEST**2:
+        if -LARGEST <= self.low < self.high <= LARGEST:
             step = step_of(self.low, self.high)
             low, high = (round(end / step) * step for end in (self.low, self.high))
             if low < high:
@@ -133,7 +133,8 @@ class Logits(Evidence):
                 object.__setattr__(self, "high", high)
                 return
         raise PatchproofError(
-            f"expected finite clipping bounds, low < high, got {self.low} and {self.high}"
+            f"expected clipping bounds within {LARGEST:,.0f}, low < high, got {self.low} and "
+            f"{self.high}"
         )
 
     def _of(self, basis: Tensor, error: Tensor | None) -> Tensor:

@@ -30,8 +30,8 @@ class ClippedBagNet(OverFeatures, ViewDefense):
         bands: blocks that each ablated view keeps; a view is every combination of so many.
         fill: the value in [0, 1] that hidden pixels take in every channel, where the model has no
             way of its own to hide them.
-        tolerance: how far (logits) rounding may move a score of a view, or the difference of two; the certificate holds for
-            any such rounding.
+        tolerance: how far (logits) rounding may move a score of a view, or the difference of two;
+            the certificate holds for any such rounding.
         batch_size: forwards at once; None picks a number by the size of the image.
         memory_budget: bytes that the activations of one batch may take; None for no limit.
 

@@ -49,7 +49,7 @@ from patchproof.threat import SquarePatch, Threat
 from patchproof.threat.regions import ImageSize
 from patchproof.views import LocalFeatureViews
 
-UNBOUNDED = LARGEST**2
+UNBOUNDED = LARGEST
 """Clipping bounds this far from 0 clip nothing: they stand for infinity."""
 
 Aggregator = Literal[
