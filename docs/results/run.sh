@@ -167,5 +167,14 @@ PYTHON
     $patchproof analyze patch-sizes "${study[@]}" "${masked[@]}" --patches 1-24
     $patchproof analyze local-logits "${study[@]}" "${plain[@]}" "${masked[@]}" --patch 5 \
       --count 500
+    fields=()
+    for field in 3 5 7; do
+      $patchproof train --data "$DATA/cifar10" --shift 3 --threads 1 --recipe plain --epochs 4 \
+        --epoch-images 11264 --model bagnet --model-option receptive_field=$field \
+        --model-option 'widths=[48,96,128]' --model-option depth=1 --out "runs/bagnet-field$field"
+      cp "runs/bagnet-field$field/model.safetensors" "runs/bagnet-field$field.safetensors"
+      fields+=(--weights "runs/bagnet-field$field.safetensors")
+    done
+    $patchproof analyze receptive-fields "${study[@]}" "${fields[@]}" --patches 2,5
     ;;
 esac
