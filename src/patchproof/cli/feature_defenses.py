@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from patchproof.cli.options import parse_pair, parse_threat
+from patchproof.cli.options import parse_ablation, parse_pair, parse_threat
 from patchproof.results import PatchproofError
 
 if TYPE_CHECKING:
@@ -92,13 +92,9 @@ def build_feature_defense(
 
 def _read(option: str, value: Any, image_size: tuple[int, int]) -> Any:
     """Return the argument that a value of ``--defense-option`` means."""
-    from patchproof.models.ablation import Ablation
-
     match option, value:
         case "ablation", str(text):
-            kind, colon, size = text.partition(":")
-            if colon and size.isdecimal():
-                return Ablation(kind, int(size))  # type: ignore[arg-type]  # it checks the kind
+            return parse_ablation("--defense-option ablation", text)
         case "window", [int(rows), int(columns)]:
             return rows, columns
         case "window", int(side):

@@ -6,7 +6,7 @@ import json
 import re
 from decimal import Decimal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 import typer
 
@@ -291,12 +291,14 @@ def parse_ablation(option: str, text: str) -> Ablation:
     Raises:
         PatchproofError: something else.
     """
-    from patchproof.models.ablation import Ablation
+    from patchproof.models.ablation import Ablation, AblationKind
 
-    match = re.fullmatch(r"(column|row|block):(\d{1,9})", text.strip().lower())
+    match = re.fullmatch(r"([a-z]+):(\d{1,9})", text.strip().lower())
     if match is None:
         raise _misuse(option, "column:4, row:4 or block:8 (pixels)", text)
-    return Ablation(match[1], int(match[2]))  # type: ignore[arg-type]  # the pattern is of kinds
+    if match[1] not in (kinds := get_args(AblationKind)):
+        raise _misuse(option, f"one of {kinds}", match[1])
+    return Ablation(cast("AblationKind", match[1]), int(match[2]))
 
 
 def parse_memory(text: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -12,7 +12,7 @@ from patchproof.cli import options as opt
 if TYPE_CHECKING:
     from patchproof.datasets import ImageDataset
     from patchproof.models import ModelSpec
-    from patchproof.models.ablation import Ablation, AblationKind
+    from patchproof.models.ablation import Ablation
     from patchproof.training import Recipe
 
 _TRAINING = "Training"
@@ -420,10 +420,7 @@ def choose_ablation(spec: ModelSpec, text: str | None) -> Ablation:
             )
         assert isinstance(made_for, Ablation)
         return made_for
-    kind, _, size = text.strip().lower().partition(":")
-    if kind not in ("column", "row", "block") or not size.isdecimal():
-        raise PatchproofError(f"--ablation: expected column:4, row:4 or block:8, got {text!r}")
-    return Ablation(cast("AblationKind", kind), int(size))
+    return opt.parse_ablation("--ablation", text)
 
 
 class CorruptedFeatures(NamedTuple):

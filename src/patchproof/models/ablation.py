@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,14 @@ class Kept:
         image = torch.arange(count, device=images.device).repeat_interleave(blocks)
         cut = images[image[:, None, None], :, rows[:, :, None], columns[:, None, :]]
         return cut.permute(0, 3, 1, 2)
+
+
+class AblatedNetwork(Protocol):
+    """A network that is made for ablated images."""
+
+    def ablated(self, images: Tensor, kept: Kept) -> Tensor:
+        """Return logits (N, classes) of what is kept of images (N, C, H, W) in [0, 1]."""
+        ...
 
 
 class BandBlock(PooledResidualBlock):

@@ -9,11 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
 from patchproof.results import PatchproofError
+
+
+class LocalNetwork(Protocol):
+    """A network whose outputs each see a part of the image."""
+
+    def local_logits(self, images: Tensor) -> Tensor:
+        """Map images (N, C, H, W) in [0, 1] to the logits of every place, (N, classes, h, w)."""
+        ...
+
+
+def local_logits(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the local logits of a network that has some, (N, classes, h, w)."""
+    return cast(LocalNetwork, network).local_logits(images)
 
 
 class PointwiseBlock(nn.Module):

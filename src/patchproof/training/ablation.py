@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from patchproof.models import ModelSpec
-from patchproof.models.ablation import Ablation, Kept
+from patchproof.models.ablation import AblatedNetwork, Ablation, Kept
 from patchproof.results import PatchproofError
 from patchproof.training.masking import draw_candidates
 from patchproof.training.recipe import Recipe
@@ -133,10 +133,9 @@ class AblationRecipe(Recipe):
         size = (images.shape[2], images.shape[3])
         kept = Kept(corners, self.ablation.block(size))
         if hasattr(network, "ablated"):
-            logits: Tensor = network.ablated(images, kept)  # type: ignore[operator]  # a method
-        else:
-            hidden = ~kept.pixels(size).unsqueeze(1)
-            logits = network(images.masked_fill(hidden, self.fill))
+            return cast(AblatedNetwork, network).ablated(images, kept)
+        hidden = ~kept.pixels(size).unsqueeze(1)
+        logits: Tensor = network(images.masked_fill(hidden, self.fill))
         return logits
 
     def to_dict(self) -> dict[str, Any]:

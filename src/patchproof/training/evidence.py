@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patchproof.models import ModelSpec
+from patchproof.models import ModelSpec, bagnet
 from patchproof.results import PatchproofError
 from patchproof.training.recipe import Recipe
 
@@ -266,8 +266,7 @@ def check_local_logits(network: nn.Module) -> None:
 
 def local_logits(network: nn.Module, images: Tensor) -> Tensor:
     """Return the local logits (N, classes, h, w) in float32, whatever they are computed in."""
-    logits: Tensor = network.local_logits(images)  # type: ignore[operator]  # a method
-    return logits.float()
+    return bagnet.local_logits(network, images).float()
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from patchproof.models.bagnet import local_logits
 from patchproof.results import Corruption, PatchproofError
 from patchproof.threat import Threat
 from patchproof.threat.regions import ImageSize
@@ -49,7 +50,7 @@ class LocalFeatureViews:
 
     def evaluate(self, model: nn.Module, images: Tensor, forwards: Tensor) -> Tensor:
         """Return the local logits, (B, V, classes), of each image; ``forwards`` are all 0."""
-        logits: Tensor = model.local_logits(images)  # type: ignore[operator]
+        logits = local_logits(model, images)
         if logits.ndim != 4 or tuple(logits.shape[2:]) != self.grid:
             raise PatchproofError(
                 f"model: expected local logits of shape (N, classes, {self.grid[0]}, "
