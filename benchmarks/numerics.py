@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import patchproof as pp
 from patchproof.datasets import load_dataset
-from patchproof.defenses.inference import exact_inference
 from patchproof.models import ModelSpec, build_model, load_classifier
+from patchproof.precision import exact_inference
 
 
 def scores(model: nn.Module, views: Tensor, batch: int) -> Tensor:

@@ -34,8 +34,9 @@ from torch import Tensor, nn
 import patchproof as pp
 from patchproof.cli.options import parse_threat
 from patchproof.datasets import load_dataset
-from patchproof.defenses.inference import exact_inference, model_device
+from patchproof.defenses.inference import model_device
 from patchproof.models import ModelSpec, build_model, load_classifier
+from patchproof.precision import exact_inference
 
 PLAIN_BATCH = 16
 MIXED_SHARE = 0.4

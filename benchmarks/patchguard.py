@@ -33,8 +33,8 @@ from torch import Tensor
 import patchproof as pp
 from patchproof.aggregation import Logits, RobustMasking, Windows
 from patchproof.datasets import load_dataset
-from patchproof.defenses.inference import exact_inference
 from patchproof.models import Kept, ModelSpec, build_model, load_classifier
+from patchproof.precision import exact_inference
 from patchproof.results import Outputs, Verdict
 
 

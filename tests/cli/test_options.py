@@ -16,6 +16,7 @@ from patchproof import (
     PatchproofError,
     RectanglePatch,
     RectanglePatches,
+    SparsePixels,
     SquarePatch,
     StencilPatch,
 )
@@ -68,6 +69,7 @@ def test_what_is_no_memory_size_is_refused(text: str) -> None:
         ("parallelogram:4x6@-20", None, "anywhere", StencilPatch.parallelogram(4, 6, -20)),
         ("2*5", None, "anywhere", MultiplePatches(2, SquarePatch(5))),
         ("3 * any:4", None, "corners", MultiplePatches(3, AnyRectangle(4, "corners"))),
+        ("sparse:4", None, "anywhere", SparsePixels(4)),
     ],
 )
 def test_threats(patch: str, covering: float, locations: str, threat: Any) -> None:
@@ -115,6 +117,11 @@ def test_a_stencil_is_every_pixel_of_a_picture_that_is_not_black(tmp_path: Path)
         ("line:-5", None, "anywhere", "positive lengths"),
         ("parallelogram:4x6@90", None, "anywhere", "degrees"),
         ("stencil:nowhere.png", None, "anywhere", "nowhere.png"),
+        ("sparse:0", None, "anywhere", "number of pixels: expected at least 1, got 0"),
+        ("sparse:1025", None, "anywhere", "at most the 1024 of a 32x32 image"),
+        ("sparse:few", None, "anywhere", "sparse:4"),
+        ("sparse:4", None, "corners", "--locations: expected anywhere for sparse:4"),
+        ("2*sparse:4", None, "anywhere", "expected a threat of one patch"),
     ],
 )
 def test_impossible_threats(patch: str, covering: float, locations: str, message: str) -> None:

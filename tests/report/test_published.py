@@ -2,7 +2,15 @@ import pandas as pd
 import pytest
 
 from patchproof.report import comparable, load_published
-from patchproof.threat import Box, RectanglePatch, SquarePatch, Threat
+from patchproof.threat import (
+    Box,
+    RectanglePatch,
+    RectanglePatches,
+    SparsePixels,
+    SquarePatch,
+    StencilPatch,
+    Threat,
+)
 
 
 def beside(dataset: str, threat: Threat, side: int) -> pd.DataFrame:
@@ -46,18 +54,52 @@ def test_figures_for_a_square_of_the_same_share_are_found(
 @pytest.mark.parametrize(
     ("dataset", "threat", "image"),
     [
-        ("cifar10", SquarePatch(4), 32),
+        ("cifar10", SquarePatch(3), 32),
         ("cifar10", RectanglePatch(5, 4), 32),
         ("cifar10", SquarePatch(5, "corners"), 32),
         ("cifar10", SquarePatch(5, Box(0, 0, 16, 16)), 32),
         ("cifar10", SquarePatch(5), 224),
         ("digits", SquarePatch(2), 8),
+        ("mnist", SparsePixels(3), 28),
+        ("mnist", SparsePixels(4), 32),
+        ("mnist", RectanglePatch(4, 7, "corners"), 28),
+        ("mnist", RectanglePatches([(4, 7), (1, 25)]), 28),
+        ("mnist", RectanglePatch(4, 8), 28),
+        ("mnist", StencilPatch.line(3), 28),
     ],
 )
 def test_other_threats_and_data_have_no_figures_beside(
     dataset: str, threat: Threat, image: int
 ) -> None:
     assert beside(dataset, threat, image).empty
+
+
+@pytest.mark.parametrize(
+    ("dataset", "threat", "image", "patch", "certified"),
+    [
+        ("mnist", SparsePixels(1), 28, "1 pixel", 96.0),
+        ("mnist", SparsePixels(4), 28, "4 pixels", 90.8),
+        ("cifar10", SparsePixels(10), 32, "10 pixels", 45.0),
+        ("mnist", RectanglePatches([(4, 7), (7, 4), (3, 9)]), 28, "25-pixel rectangle", 50.9),
+        ("mnist", RectanglePatches([(1, 25), (25, 1)]), 28, "25-pixel line", 32.4),
+        ("cifar10", StencilPatch.line(4), 32, "4-pixel line", 46.1),
+        (
+            "cifar10",
+            StencilPatch(["#" * 5 + "....", ".#####...", "..#####..", "...#####.", "....#####"],
+                         "5x5 parallelogram at 45 degrees"),
+            32,
+            "25-pixel parallelogram",
+            30.7,
+        ),
+    ],
+)  # fmt: skip
+def test_other_shapes_are_compared_at_the_same_number_of_pixels(
+    dataset: str, threat: Threat, image: int, patch: str, certified: float
+) -> None:
+    rows = beside(dataset, threat, image)
+    assert set(rows["patch"]) == {patch}
+    assert rows["certified_accuracy"].iloc[0] == certified
+    assert set(rows["space"]) == {f"{image}x{image}"}
 
 
 def test_a_square_is_not_compared_with_a_rotated_one_or_a_rectangle() -> None:

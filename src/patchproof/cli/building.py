@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchproof.cli.feature_defenses import FEATURE_DEFENSES, build_feature_defense
+from patchproof.cli.interval_bounds import INTERVAL_BOUNDS, build_interval_bounds
 from patchproof.cli.options import parse_memory, parse_pair, parse_threat
 from patchproof.results import PatchproofError
 
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from patchproof.defenses import NamedDefense
     from patchproof.models import ModelSpec
 
-NAMED_DEFENSES = ("patchcleanser", "minority-reports", *FEATURE_DEFENSES)
+_OVER_MASKS = ("patchcleanser", "minority-reports")
+_WITH_OPTIONS = (*FEATURE_DEFENSES, INTERVAL_BOUNDS)
+NAMED_DEFENSES = (*_OVER_MASKS, *_WITH_OPTIONS)
 """What ``--defense`` names; anything else is a file."""
 
 _DETECTORS = ("minority-reports", "patchguard++")
@@ -44,7 +47,7 @@ class DefenseOptions:
 
     Attributes:
         defense: one of ``NAMED_DEFENSES``, or the name of a file.
-        options: of defenses over features, the values of ``--defense-option`` by their names.
+        options: the values of ``--defense-option`` by their names; of no defense over masks.
     """
 
     defense: str
@@ -218,15 +221,20 @@ def build_defense(
     from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
 
     _check_options(options)
-    fills = (options.fill, classifier.fill, DEFAULT_FILL)
     threat = parse_threat(options.patch, options.covering, options.locations, image_size)
     shared: dict[str, Any] = {
         "image_size": image_size,
-        "fill": next(fill for fill in fills if fill is not None),
-        "tolerance": DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance,
         "batch_size": options.batch_size,
         "memory_budget": None if options.memory is None else parse_memory(options.memory),
     }
+    if options.defense == INTERVAL_BOUNDS:
+        if options.tolerance is not None:
+            shared["tolerance"] = options.tolerance
+        shared["channels"] = classifier.spec.channels
+        return build_interval_bounds(classifier.model, threat, options.options, **shared)
+    fills = (options.fill, classifier.fill, DEFAULT_FILL)
+    shared["fill"] = next(fill for fill in fills if fill is not None)
+    shared["tolerance"] = DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance
     if options.defense in FEATURE_DEFENSES:
         own = dict(options.options)
         if options.tau is not None:
@@ -246,23 +254,26 @@ def build_defense(
 
 def _check_options(options: DefenseOptions) -> None:
     """Raise for options of another defense than the one that is named."""
-    over_masks = [name for name in NAMED_DEFENSES if name not in FEATURE_DEFENSES]
     if options.tau is not None and options.defense not in _DETECTORS:
         raise PatchproofError(
             f"--tau: expected with --defense {' or '.join(_DETECTORS)} only, got {options.defense}"
         )
     if options.tau is not None and "tau" in options.options:
         raise PatchproofError("expected one of --tau and --defense-option tau, got both")
-    if options.defense in FEATURE_DEFENSES:
+    if options.fill is not None and options.defense == INTERVAL_BOUNDS:
+        raise PatchproofError(
+            f"--fill: expected with a defense that hides pixels, got {options.defense}"
+        )
+    if options.defense in _WITH_OPTIONS:
         if extra := options.given_for_masks():
             raise PatchproofError(
-                f"{', '.join(extra)}: expected with --defense {' or '.join(over_masks)} only, "
+                f"{', '.join(extra)}: expected with --defense {' or '.join(_OVER_MASKS)} only, "
                 f"got {options.defense}"
             )
         return
     if options.options:
         raise PatchproofError(
-            f"--defense-option: expected with --defense {', '.join(FEATURE_DEFENSES)} only, "
+            f"--defense-option: expected with --defense {', '.join(_WITH_OPTIONS)} only, "
             f"got {options.defense}"
         )
     if options.inference != "double" and options.defense != "patchcleanser":

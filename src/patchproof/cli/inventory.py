@@ -17,6 +17,10 @@ INVENTORY = {
         "bagnet9, bagnet17, bagnet33": "ResNet-50 with local features, for about 224 pixels (size)",
         "band-resnet": "runs on one band or block of the image alone (ablation, size, widths)",
         "ablation-resnet": "sees which pixels are hidden (ablation, size, widths)",
+        "ibp-mlp": "perceptron for interval-bounds, of one hidden layer of 255 (hidden)",
+        "ibp-conv2, ibp-conv4": "small convolutional networks for interval-bounds (first_kernel, "
+        "widths, hidden)",
+        "ibp-conv5-wide": "a wide one of 17 million weights (widths, hidden)",
         "token-drop:NAME": "a vision transformer of timm that drops the tokens of hidden pixels, "
         "such as token-drop:vit_tiny_patch16_224",
         "timm:NAME": "any classifier of timm, such as timm:resnet50",
@@ -64,6 +68,8 @@ INVENTORY = {
         "median": "the median of the features of each class",
         "trimmed-mean": "their mean without the largest and smallest (trim)",
         "top-masking": "their sum without the largest (count), for several patches too",
+        "interval-bounds": "interval bound propagation: bounds of the network's outputs over all "
+        "that a patch may show: certified recovery for networks trained for it (method, screen)",
     },
     "threats": {
         "--patch 5": "one square of 5x5 pixels, anywhere",
@@ -76,6 +82,7 @@ INVENTORY = {
         "diamond:7, parallelogram:4x6@20",
         "--patch stencil:FILE": "a patch of any shape, the pixels of a picture that are not black",
         "--patch '2*5'": "two patches of 5x5 at once; in place of 5 any patch above",
+        "--patch sparse:4": "any 4 pixels of the image, for interval-bounds",
         "--covering 0.02": "one square of at least 2% of the pixels, side rounded up",
         "--locations corners": "the patch in a corner, or in a box: top,left,height,width",
     },

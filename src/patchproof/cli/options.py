@@ -34,10 +34,11 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="What to load the weights into: small-resnet, tiny-resnet, bagnet, band-resnet, "
-        "ablation-resnet, token-drop:NAME, timm:NAME, torchvision:NAME, hf:NAME (a transformers "
-        "model of the Hugging Face hub, or its folder) or python:package.module:factory "
-        "(installed, or on PYTHONPATH); or onnx:FILE, which holds its own. Its resize and "
-        "normalisation are inside, so that the patch stays in the pixels of your images.",
+        "ablation-resnet, ibp-mlp, ibp-conv2, ibp-conv4, ibp-conv5-wide, token-drop:NAME, "
+        "timm:NAME, torchvision:NAME, hf:NAME (a transformers model of the Hugging Face hub, or "
+        "its folder) or python:package.module:factory (installed, or on PYTHONPATH); or onnx:FILE, "
+        "which holds its own. Its resize and normalisation are inside, so that the patch stays in "
+        "the pixels of your images.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -72,9 +73,10 @@ Defense = Annotated[
         metavar="NAME|FILE",
         help="The right label, whatever the patch shows, from masked images: patchcleanser; from "
         "small parts of the image: patchguard, clipped-bagnet, derandomized-smoothing, bagcert, "
-        "median, trimmed-mean or top-masking. The right label or an alert: minority-reports or "
-        "patchguard++. Or a file saved by `defense.save` in Python: model, defense and patch in "
-        "one, which replaces the options for them.",
+        "median, trimmed-mean or top-masking; from bounds of the network's outputs: "
+        "interval-bounds. The right label or an alert: minority-reports or patchguard++. Or a file "
+        "saved by `defense.save` in Python: model, defense and patch in one, which replaces the "
+        "options for them.",
         rich_help_panel=_DEFENSE,
     ),
 ]
@@ -83,8 +85,9 @@ DefenseOption = Annotated[
     typer.Option(
         metavar="NAME=JSON",
         help="An option of a defense that looks at small parts of the image, such as "
-        "feature=confidence, ablation=column:4 or window=8 of patchguard. May be given several "
-        "times; another name lists those that the defense takes.",
+        "feature=confidence, ablation=column:4 or window=8 of patchguard, or method=backward of "
+        "interval-bounds. May be given several times; another name lists those that the defense "
+        "takes.",
         rich_help_panel=_DEFENSE,
     ),
 ]
@@ -107,7 +110,7 @@ Patch = Annotated[
         "of these), any:10 or any:1% (any rectangle of at most that area), line:12x2@30 (length x "
         "thickness @ degrees), square:5@45, diamond:7, parallelogram:4x6@20, stencil:FILE (the "
         "pixels of a picture that are not black), or a share as papers name it, such as 2.4%. "
-        "2*5: two patches of 5x5 at once.",
+        "2*5: two patches of 5x5 at once. sparse:4: any 4 pixels, for interval-bounds.",
         rich_help_panel=_THREAT,
     ),
 ]
@@ -186,7 +189,8 @@ Tolerance = Annotated[
     typer.Option(
         min=0.0,
         help="Logits: a masked image whose two best classes are no further apart counts as lost, "
-        "because rounding may swap them. By default a measured bound.",
+        "because rounding may swap them. By default a measured bound; 0 for interval-bounds, whose "
+        "bounds allow for rounding themselves.",
         rich_help_panel=_DEFENSE,
     ),
 ]
@@ -353,6 +357,7 @@ def _parse_patch(text: str, patch: str, place: Place, image_size: tuple[int, int
         AnyRectangle,
         RectanglePatch,
         RectanglePatches,
+        SparsePixels,
         SquarePatch,
         StencilPatch,
     )
@@ -366,6 +371,12 @@ def _parse_patch(text: str, patch: str, place: Place, image_size: tuple[int, int
         if not re.fullmatch(r"\d{1,9}", size):
             raise _misuse("--patch", "any:10 (pixels) or any:1%", patch)
         return AnyRectangle(int(size), place)
+    if kind == "sparse":
+        if place != "anywhere":
+            raise _misuse("--locations", f"anywhere for {patch}", "another place")
+        if not re.fullmatch(r"\d{1,9}", size):
+            raise _misuse("--patch", "sparse:4 (pixels)", patch)
+        return SparsePixels(int(size))
     if kind == "stencil":
         return StencilPatch(_read_stencil(Path(patch.strip().partition(":")[2])), locations=place)
     if colon:
@@ -386,8 +397,8 @@ def _parse_patch(text: str, patch: str, place: Place, image_size: tuple[int, int
             case _:
                 raise _misuse(
                     "--patch",
-                    "any:10, line:12x2@30, square:5@45, diamond:7, parallelogram:4x6@20 or "
-                    "stencil:FILE",
+                    "any:10, line:12x2@30, square:5@45, diamond:7, parallelogram:4x6@20, "
+                    "stencil:FILE or sparse:4",
                     patch,
                 )
         return StencilPatch(drawn.rows, drawn.name, place)

@@ -28,7 +28,7 @@ class Answer:
 
     ``label`` is None where the file could not be read, and where a detector alerts.
     ``patch_suspected`` is None where the defense does not tell: small parts of an image disagree
-    without a patch too.
+    without a patch too, and bounds are not computed to predict.
     """
 
     file: str
@@ -90,7 +90,7 @@ def predict(
     The case says how the label came about; "agreed" means that every masked image got the same
     label, anything else that some masked images disagreed, as they do when a patch is there. With
     --defense minority-reports or patchguard++, "alert" in place of a label means that a patch is
-    suspected. Other defenses that look at small parts of the image suspect nothing.
+    suspected. Defenses that look at small parts of the image, and interval-bounds, suspect nothing.
 
     Images must have the size that the classifier was made for, unless --image-size is given. A file
     that cannot be read is named, the others are still classified, and the exit code is 1.

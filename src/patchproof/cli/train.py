@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from patchproof.models import ModelSpec
     from patchproof.models.ablation import Ablation
     from patchproof.training import Recipe
+    from patchproof.training.interval_bounds import Strategy
 
 _TRAINING = "Training"
+_BOUNDS = "Training of interval bounds"
 _LOCAL = "Training of local features and ablations"
 
 RecipeName = Literal[
@@ -29,19 +31,23 @@ RecipeName = Literal[
     "median",
     "trimmed-mean",
     "top-masking",
+    "interval-bounds",
 ]
 _LOCAL_RECIPES = ("masked-evidence", "bagcert", "clipped", "median", "trimmed-mean", "top-masking")
 _WINDOW_RECIPES = ("masked-evidence", "bagcert", "trimmed-mean", "top-masking")
 _TAKEN_BY: dict[str, tuple[str, ...]] = {
     "--squares": ("cutout",),
     "--candidates": ("greedy-cutout",),
-    "--patch": ("greedy-cutout", *_WINDOW_RECIPES),
+    "--patch": ("greedy-cutout", "interval-bounds", *_WINDOW_RECIPES),
     "--window": _WINDOW_RECIPES,
     "--evidence-masks": ("masked-evidence",),
     "--margin": ("bagcert",),
     "--clean-share": _LOCAL_RECIPES,
     "--ablation": ("ablation",),
     "--bands": ("ablation",),
+    "--strategy": ("interval-bounds",),
+    "--pool": ("interval-bounds",),
+    "--growth": ("interval-bounds",),
 }
 """The recipes that an option belongs to; all others refuse it."""
 
@@ -69,7 +75,8 @@ def train(
             "defense (--patch, --masks) that hurt most, best with --start; plain: none. "
             "ablation: one random band or block of every image alone. For networks of local "
             "features: masked-evidence, without the label's best window; bagcert, votes that lead "
-            "by a margin; clipped, median, trimmed-mean and top-masking, that statistic of them."
+            "by a margin; clipped, median, trimmed-mean and top-masking, that statistic of them. "
+            "interval-bounds: bounds of what any content of a patch (--patch) can do."
         ),
     ] = "cutout",
     root: Annotated[
@@ -83,9 +90,9 @@ def train(
         str | None,
         typer.Option(
             help="small-resnet (for about 28 to 32 pixels), tiny-resnet (for 8x8), bagnet, "
-            "band-resnet, ablation-resnet, timm:NAME, torchvision:NAME, hf:NAME or "
-            "python:package.module:factory. By default that of --start, else the one that suits "
-            "the recipe and the size of the images.",
+            "band-resnet, ablation-resnet, ibp-mlp, ibp-conv2, ibp-conv4, ibp-conv5-wide, "
+            "timm:NAME, torchvision:NAME, hf:NAME or python:package.module:factory. By default "
+            "that of --start, else the one that suits the recipe and the size of the images.",
             rich_help_panel="Model",
         ),
     ] = None,
@@ -184,6 +191,33 @@ def train(
             rich_help_panel=_LOCAL,
         ),
     ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="all|random:N|guided:N",
+            help="Which places of the patch interval-bounds looks at in a step: all, N at random, "
+            "or N (a multiple of the classes) that a small U-Net predicts to be the worst. By "
+            "default random:10.",
+            rich_help_panel=_BOUNDS,
+        ),
+    ] = None,
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROWS[-ROWS]",
+            help="With --strategy all: bound adjacent places together from the first layer on, 4 "
+            "for 4x4 places; 2-2 for 2x2 there and again 2x2 after the second layer.",
+            rich_help_panel=_BOUNDS,
+        ),
+    ] = None,
+    growth: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the training during which a patch may show more and more; the learning "
+            "rate falls only then. By default 0.61.",
+            rich_help_panel=_BOUNDS,
+        ),
+    ] = None,
     epochs: Annotated[
         int,
         typer.Option(
@@ -200,36 +234,42 @@ def train(
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(help="Images in a step.", rich_help_panel=_TRAINING)
-    ] = 256,
-    optimizer: Annotated[
-        Literal["sgd", "adamw"],
+        int | None,
         typer.Option(
-            help="adamw suits transformers and networks of linear layers.",
+            help="Images in a step; by default 256, 100 for interval-bounds.",
             rich_help_panel=_TRAINING,
         ),
-    ] = "sgd",
+    ] = None,
+    optimizer: Annotated[
+        Literal["sgd", "adamw"] | None,
+        typer.Option(
+            help="adamw suits transformers and networks of linear layers. By default sgd; adamw "
+            "for interval-bounds.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Highest learning rate; by default 0.4, with adamw 0.001; a tenth of that with "
-            "--start.",
+            help="Highest learning rate; by default 0.4, with adamw 0.001, 0.0005 for "
+            "interval-bounds; a tenth of that with --start.",
             rich_help_panel=_TRAINING,
         ),
     ] = None,
     weight_decay: Annotated[
         float | None,
         typer.Option(
-            help="Weight decay; by default 0.0005, with adamw 0.05.", rich_help_panel=_TRAINING
+            help="Weight decay; by default 0.0005, with adamw 0.05, 0 for interval-bounds.",
+            rich_help_panel=_TRAINING,
         ),
     ] = None,
     shift: Annotated[
-        int,
+        int | None,
         typer.Option(
-            help="Shift the images by up to this many pixels; 0 for none.",
+            help="Shift the images by up to this many pixels; by default 2, 0 for interval-bounds.",
             rich_help_panel=_TRAINING,
         ),
-    ] = 2,
+    ] = None,
     flip: Annotated[
         bool | None,
         typer.Option(
@@ -251,12 +291,13 @@ def train(
         ),
     ] = None,
     precision: Annotated[
-        Literal["32-true", "bf16-mixed", "16-mixed"],
+        Literal["32-true", "bf16-mixed", "16-mixed"] | None,
         typer.Option(
-            help="bf16-mixed is quicker where the processor or GPU computes in bfloat16.",
+            help="By default bf16-mixed, which is quicker where the processor or GPU computes in "
+            "bfloat16; interval-bounds needs 32-true.",
             rich_help_panel="Machine",
         ),
-    ] = "bf16-mixed",
+    ] = None,
     device: opt.Device = "auto",
     threads: opt.Threads = None,
 ) -> None:
@@ -276,6 +317,7 @@ def train(
         ClippedRecipe,
         CutoutRecipe,
         GreedyMasks,
+        IntervalBoundsRecipe,
         MaskedEvidenceRecipe,
         RankRecipe,
     )
@@ -291,6 +333,9 @@ def train(
         "--clean-share": clean_share,
         "--ablation": ablation,
         "--bands": bands,
+        "--strategy": strategy,
+        "--pool": pool,
+        "--growth": growth,
     }
     for option, value in given.items():
         if value is not None and recipe not in (suited := _TAKEN_BY[option]):
@@ -315,20 +360,37 @@ def train(
             training.image_size,
             opt.parse_model_options(model_option),
         )
-    default_lr, default_decay = (0.4, 5e-4) if optimizer == "sgd" else (0.001, 0.05)
+    bounds = recipe == "interval-bounds"
+    defaults: dict[str, Any] = {
+        "batch_size": 100 if bounds else 256,
+        "optimizer": "adamw" if bounds else "sgd",
+        "shift": 0 if bounds else 2,
+        "precision": "32-true" if bounds else "bf16-mixed",
+    }
+    default_lr, default_decay = (
+        (0.4, 5e-4) if (optimizer or defaults["optimizer"]) == "sgd" else (0.001, 0.05)
+    )
+    if bounds:
+        default_lr, default_decay = 5e-4, 0.0
     if start is not None:
         default_lr /= 10
-    common: dict[str, Any] = {
+    common: dict[str, Any] = defaults | {
+        name: value
+        for name, value in (
+            ("batch_size", batch_size),
+            ("optimizer", optimizer),
+            ("shift", shift),
+            ("precision", precision),
+        )
+        if value is not None
+    }
+    common |= {
         "fill": fill,
         "epochs": epochs,
-        "batch_size": batch_size,
         "learning_rate": default_lr if lr is None else lr,
         "weight_decay": default_decay if weight_decay is None else weight_decay,
-        "shift": shift,
         "flip": training.channels == 3 if flip is None else flip,
         "seed": seed,
-        "precision": precision,
-        "optimizer": optimizer,
         "epoch_images": epoch_images,
     }
     if recipe in _LOCAL_RECIPES:
@@ -355,6 +417,20 @@ def train(
         case "trimmed-mean" | "top-masking":
             trim = corrupted_features(spec, patch, window).corrupted
             settings = RankRecipe(statistic=recipe, trim=trim, **common)
+        case "interval-bounds":
+            if patch is None:
+                raise PatchproofError(
+                    "--patch: expected a size, or sparse:K, for --recipe interval-bounds, got none"
+                )
+            kind, regions = parse_strategy(strategy or "random:10")
+            settings = IntervalBoundsRecipe(
+                threat=opt.parse_threat(patch, None, "anywhere", training.image_size),
+                strategy=kind,
+                regions=regions,
+                pool=parse_pool(pool),
+                growth=0.61 if growth is None else growth,
+                **common,
+            )
         case "ablation":
             settings = AblationRecipe(
                 ablation=choose_ablation(spec, ablation),
@@ -398,7 +474,44 @@ def default_model(recipe: RecipeName, dataset: ImageDataset) -> str:
         return "band-resnet"
     if recipe in _LOCAL_RECIPES:
         return "bagnet"
+    if recipe == "interval-bounds":
+        return "ibp-mlp"
     return "small-resnet" if min(dataset.image_size) >= 24 else "tiny-resnet"
+
+
+def parse_strategy(text: str) -> tuple[Strategy, int]:
+    """Return the strategy of ``--strategy`` and how many regions it looks at.
+
+    Raises:
+        PatchproofError: another strategy, or no number of regions.
+    """
+    from patchproof.results import PatchproofError
+
+    kind, _, count = text.partition(":")
+    match kind:
+        case "all" if not count:
+            return "all", 1
+        case "random" | "guided" if count.isdecimal() and int(count) > 0:
+            return kind, int(count)
+    raise PatchproofError(f"--strategy: expected all, random:N or guided:N, got {text!r}")
+
+
+def parse_pool(text: str | None) -> tuple[int, ...]:
+    """Return how many places each step of ``--pool`` joins along each axis.
+
+    Raises:
+        PatchproofError: not one or two whole numbers.
+    """
+    from patchproof.results import PatchproofError
+
+    if text is None:
+        return ()
+    parts = text.split("-")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 1 for part in parts):
+        raise PatchproofError(
+            f"--pool: expected one or two numbers above 1, like 4 or 2-2, got {text!r}"
+        )
+    return tuple(map(int, parts))
 
 
 def choose_ablation(spec: ModelSpec, text: str | None) -> Ablation:

@@ -1,8 +1,9 @@
-"""The named systems: each is views and an aggregation, evaluated by one loop."""
+"""The named systems: each is views and an aggregation, evaluated by one loop, or bounds."""
 
 from patchproof.defenses.bagcert import BagCert
 from patchproof.defenses.clipped_bagnet import ClippedBagNet
 from patchproof.defenses.derandomized_smoothing import DerandomizedSmoothing
+from patchproof.defenses.interval_bound_propagation import IntervalBoundPropagation
 from patchproof.defenses.loading import FeatureDefense, NamedDefense, load
 from patchproof.defenses.minority_reports import MinorityReports
 from patchproof.defenses.patchcleanser import PatchCleanser
@@ -16,6 +17,7 @@ __all__ = [
     "ClippedBagNet",
     "DerandomizedSmoothing",
     "FeatureDefense",
+    "IntervalBoundPropagation",
     "MinorityReports",
     "NamedDefense",
     "PatchCleanser",

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -21,27 +20,6 @@ _BETWEEN_BATCHES = 0.004
 """Seconds that choosing the next views takes, about, whatever the size of the batch."""
 _TIMED = 3
 """Forward passes timed for each batch size; the quickest counts, since other work only slows."""
-
-
-@contextmanager
-def exact_inference(device: torch.device) -> Iterator[None]:
-    """Run without gradients, autocast, TF32 and autotuning.
-
-    The same pixels then score the same up to the order of summation, which ``tolerance`` covers.
-    """
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with (
-            torch.inference_mode(),
-            torch.autocast(device.type, enabled=False),
-            torch.backends.cudnn.flags(
-                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
-            ),
-        ):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def model_device(model: nn.Module) -> torch.device:

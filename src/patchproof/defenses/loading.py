@@ -8,6 +8,7 @@ from typing import get_args
 from patchproof.defenses.bagcert import BagCert
 from patchproof.defenses.clipped_bagnet import ClippedBagNet
 from patchproof.defenses.derandomized_smoothing import DerandomizedSmoothing
+from patchproof.defenses.interval_bound_propagation import IntervalBoundPropagation
 from patchproof.defenses.minority_reports import MinorityReports
 from patchproof.defenses.patchcleanser import PatchCleanser
 from patchproof.defenses.patchguard import PatchGuard
@@ -24,7 +25,7 @@ FeatureDefense = (
     | BagCert
     | RobustStatistics
 )
-NamedDefense = PatchCleanser | MinorityReports | FeatureDefense
+NamedDefense = PatchCleanser | MinorityReports | FeatureDefense | IntervalBoundPropagation
 
 _TYPES: dict[str, type[NamedDefense]] = {
     defense.__name__: defense for defense in get_args(NamedDefense)

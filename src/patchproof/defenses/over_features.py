@@ -10,7 +10,7 @@ from torch import nn
 
 from patchproof.aggregation.evidence import LARGEST, Confidence, Evidence, Logits, Prediction
 from patchproof.defenses.checks import check_model
-from patchproof.defenses.saved import DEFAULT_FILL, SavedDefense
+from patchproof.defenses.saved import DEFAULT_FILL, HidingDefense
 from patchproof.models.ablation import Ablation
 from patchproof.results import PatchproofError
 from patchproof.threat import threat_from_dict
@@ -23,7 +23,7 @@ Feature = Literal["logits", "confidence", "prediction"]
 FeatureViews = LocalFeatureViews | AblatedViews
 
 
-class OverFeatures(SavedDefense, ABC):
+class OverFeatures(HidingDefense, ABC):
     """A defense whose views each see a small part of the image.
 
     The parts are the receptive fields of a network with ``local_logits``, or what ablations keep

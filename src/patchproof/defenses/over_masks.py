@@ -7,7 +7,7 @@ from typing import Any, Self
 
 from torch import nn
 
-from patchproof.defenses.saved import SavedDefense
+from patchproof.defenses.saved import HidingDefense
 from patchproof.threat import MaskSet, Threat, threat_from_dict
 from patchproof.threat.masks import Layout, listed_masks, per_axis
 from patchproof.threat.regions import ImageSize
@@ -15,7 +15,7 @@ from patchproof.threat.regions import ImageSize
 _GRID = ("masks_per_side", "multiplicity", "layout", "shapes")
 
 
-class OverMasks(SavedDefense):
+class OverMasks(HidingDefense):
     """A defense that puts the masks of a set on the image.
 
     Attributes:

@@ -22,14 +22,12 @@ class SavedDefense(ABC):
     """A named defense: it says what it is, and is saved with its model.
 
     Attributes:
-        fill: the value that hidden pixels take in every channel.
-        tolerance: views within it count as corrupted.
+        tolerance: margins within it (logits) count as lost.
     """
 
     model: nn.Module
     threat: Threat
     image_size: ImageSize
-    fill: float
     tolerance: float
 
     _OWN: ClassVar[tuple[str, ...]]
@@ -67,9 +65,23 @@ class SavedDefense(ABC):
         """
         save_classifier(path, self.model, spec, {**(made or {}), "defense": self.to_dict()})
 
-    def _take(self, fill: float, tolerance: float) -> None:
+    def _take_tolerance(self, tolerance: float) -> None:
         """Keep what every defense takes."""
         if not tolerance >= 0:
             raise PatchproofError(f"tolerance: expected a number >= 0, got {tolerance!r}")
-        self.fill = fill
         self.tolerance = tolerance
+
+
+class HidingDefense(SavedDefense):
+    """A named defense that hides pixels of the image from its model.
+
+    Attributes:
+        fill: the value that hidden pixels take in every channel.
+    """
+
+    fill: float
+
+    def _take(self, fill: float, tolerance: float) -> None:
+        """Keep what every such defense takes."""
+        self._take_tolerance(tolerance)
+        self.fill = fill

@@ -23,13 +23,13 @@ from patchproof.defenses.inference import (
     bytes_per_image,
     check_batch_size,
     default_batch_size,
-    exact_inference,
     fastest_batch_size,
     in_fitting_batches,
     model_device,
 )
 from patchproof.defenses.pool import Pool, choose
 from patchproof.detection import DetectionCertification
+from patchproof.precision import exact_inference
 from patchproof.results import (
     INVALID_LABEL,
     Certificates,

@@ -19,7 +19,6 @@ from torch import Tensor
 from patchproof.aggregation.base import Stop
 from patchproof.datasets import CorruptImageError, ImageDataset
 from patchproof.defenses.checks import check_model
-from patchproof.defenses.inference import exact_inference
 from patchproof.evaluation.certifier import AnyCertification, Certifier
 from patchproof.evaluation.gallery import choose_images, make_gallery
 from patchproof.evaluation.store import (
@@ -32,6 +31,7 @@ from patchproof.evaluation.store import (
 )
 from patchproof.evaluation.summary import AnySummary, summarize
 from patchproof.models import ModelSpec, model_digest
+from patchproof.precision import exact_inference
 from patchproof.results import Case, PatchproofError, RunError
 
 SHARD_IMAGES = 512

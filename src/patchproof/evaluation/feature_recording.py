@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from patchproof.datasets import ImageDataset
 from patchproof.defenses.inference import (
     default_batch_size,
-    exact_inference,
     in_fitting_batches,
     model_device,
 )
@@ -32,6 +31,7 @@ from patchproof.evaluation.recording import (
     read_shards,
 )
 from patchproof.models import ModelSpec
+from patchproof.precision import exact_inference
 from patchproof.results import Outputs
 from patchproof.views import LocalFeatureViews
 

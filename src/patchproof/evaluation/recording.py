@@ -28,13 +28,13 @@ from patchproof.defenses.checks import check_label_range, check_model
 from patchproof.defenses.inference import (
     check_batch_size,
     default_batch_size,
-    exact_inference,
     fastest_batch_size,
     in_fitting_batches,
     model_device,
 )
 from patchproof.evaluation.certify import describe_device
 from patchproof.models import ModelSpec, model_digest, write_atomically
+from patchproof.precision import exact_inference
 from patchproof.results import Outputs, PatchproofError, RunError
 from patchproof.threat import MaskSet
 from patchproof.views import MaskPairViews

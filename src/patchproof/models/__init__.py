@@ -2,9 +2,11 @@
 
 from patchproof.models.ablation import Ablation, AblationResNet, BandResNet, Kept
 from patchproof.models.bagnet import BagNet
+from patchproof.models.interval import IntervalConvNet, IntervalMLP, Normalize
 from patchproof.models.preprocessed import Preprocessed
 from patchproof.models.small import SmallResNet, TinyResNet
 from patchproof.models.spec import ModelSpec, build_model
+from patchproof.models.unet import GuideUNet
 from patchproof.models.weights import (
     load_classifier,
     load_weights,
@@ -19,8 +21,12 @@ __all__ = [
     "AblationResNet",
     "BagNet",
     "BandResNet",
+    "GuideUNet",
+    "IntervalConvNet",
+    "IntervalMLP",
     "Kept",
     "ModelSpec",
+    "Normalize",
     "Preprocessed",
     "SmallResNet",
     "TinyResNet",

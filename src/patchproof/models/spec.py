@@ -16,6 +16,7 @@ from patchproof.models.ablation import AblationResNet, BandResNet
 from patchproof.models.bagnet import BagNet
 from patchproof.models.bagnet_resnet import PreprocessedBagNet
 from patchproof.models.huggingface import build_transformers
+from patchproof.models.interval import IntervalConvNet, IntervalMLP
 from patchproof.models.onnx import build_onnx
 from patchproof.models.preprocessed import Preprocessed
 from patchproof.models.resmlp import PUBLISHED, resized_resmlp
@@ -33,6 +34,27 @@ _OWN: dict[str, Callable[..., nn.Module]] = {
     "band-resnet": BandResNet,
     "ablation-resnet": AblationResNet,
 }
+_OF_ONE_SIZE: dict[str, Callable[..., nn.Module]] = {
+    "ibp-mlp": IntervalMLP,
+    "ibp-conv2": partial(
+        IntervalConvNet, kernels=(4, 4), strides=(2, 2), widths=(4, 8), hidden=(256,)
+    ),
+    "ibp-conv4": partial(
+        IntervalConvNet,
+        kernels=(3, 4, 3, 4),
+        strides=(1, 2, 1, 2),
+        widths=(4, 4, 8, 8),
+        hidden=(256, 256),
+    ),
+    "ibp-conv5-wide": partial(
+        IntervalConvNet,
+        kernels=(3, 3, 3, 3, 3),
+        strides=(1, 1, 2, 1, 1),
+        widths=(64, 64, 128, 128, 128),
+        hidden=(512,),
+    ),
+}
+"""Networks that are built for images of one size."""
 _READ_FILES = {
     "cache_dir",
     "checkpoint_path",
@@ -42,8 +64,8 @@ _READ_FILES = {
 }
 """Options by which timm would read weights from elsewhere."""
 _NAMES = (
-    f"{', '.join(_OWN)}, token-drop:NAME, timm:NAME, torchvision:NAME, hf:NAME, onnx:FILE or "
-    "python:package.module:factory"
+    f"{', '.join([*_OWN, *_OF_ONE_SIZE])}, token-drop:NAME, timm:NAME, torchvision:NAME, hf:NAME, "
+    "onnx:FILE or python:package.module:factory"
 )
 
 
@@ -53,9 +75,10 @@ class ModelSpec:
 
     Attributes:
         name: ``small-resnet``, ``tiny-resnet``, ``bagnet``, ``bagnet9``, ``bagnet17``,
-            ``bagnet33``, ``band-resnet``, ``ablation-resnet``, ``token-drop:NAME`` (a vision
-            transformer of timm that drops hidden tokens), ``timm:NAME``, ``torchvision:NAME``,
-            ``hf:NAME`` (a repository of the Hugging Face hub, or a folder), ``onnx:FILE`` or
+            ``bagnet33``, ``band-resnet``, ``ablation-resnet``, ``ibp-mlp``, ``ibp-conv2``,
+            ``ibp-conv4``, ``ibp-conv5-wide``, ``token-drop:NAME`` (a vision transformer of timm
+            that drops hidden tokens), ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME`` (a
+            repository of the Hugging Face hub, or a folder), ``onnx:FILE`` or
             ``python:package.module:factory``.
         classes: number of classes.
         channels: channels of the images.
@@ -121,8 +144,11 @@ def build_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
             model = _python(name, spec)
         elif spec.name in _OWN:
             model = _OWN[spec.name](spec.classes, spec.channels, **spec.options)
+        elif spec.name in _OF_ONE_SIZE:
+            factory = _OF_ONE_SIZE[spec.name]
+            model = factory(spec.classes, spec.channels, spec.image_size, **spec.options)
         else:
-            raise _unknown(spec.name, list(_OWN), _NAMES)
+            raise _unknown(spec.name, [*_OWN, *_OF_ONE_SIZE], _NAMES)
     except TypeError as error:
         raise PatchproofError(
             f"expected options that {spec.name} takes, got {dict(spec.options)}: {error}"

@@ -13,7 +13,7 @@ from typing import Any
 from patchproof.evaluation.store import Result
 from patchproof.evaluation.summary import DetectionSummary, Proportion, Summary
 from patchproof.results import ALERT, Kind, PatchproofError
-from patchproof.threat import Threat, threat_from_dict
+from patchproof.threat import SparsePixels, Threat, threat_from_dict
 from patchproof.threat.masks import Mask, unlisted_masks
 
 MEASURES: dict[Kind, dict[str, str]] = {
@@ -144,6 +144,8 @@ class Run:
             parts.append(f"multiplicity {_once(several)}")
         if self.defense.get("layout") == "balanced":
             parts.append("balanced")
+        if self.defense.get("method", "interval") != "interval":
+            parts.append(f"{self.defense['method']} bounds")
         if ablation := self.defense.get("ablation"):
             parts.append(f"{ablation['kind']} {ablation['size']}")
         parts += [
@@ -204,6 +206,13 @@ class Run:
 
     def threat_words(self) -> str:
         """Say what the attacker may do, with the pixels and what they are pixels of."""
+        if isinstance(self.threat, SparsePixels):
+            words = self.threat.describe()
+            share = self.threat.count / math.prod(self.image_size)
+            return (
+                f"{words[0].upper()}{words[1:]}. The image has {self.space} pixels: these are "
+                f"{share:.2%} of them."
+            )
         places = len(self.threat.regions(self.image_size))
         area = max(shape.area for shape in self.threat.shapes(self.image_size))
         share = area / math.prod(self.image_size)
@@ -237,6 +246,7 @@ class Run:
                 "Cost",
                 f"{summary.forwards_per_image:,.1f} model forwards per image"
                 + ("" if certified is None else f" ({certified:,.1f} per certified image)")
+                + (", bounds not counted" if self._is_of_bounds else "")
                 + f", {summary.images_per_second:,.1f} images/s",
             )
         )
@@ -314,6 +324,11 @@ class Run:
         }
         return json.dumps(identity, sort_keys=True)
 
+    @property
+    def _is_of_bounds(self) -> bool:
+        """Whether the defense bounds the margins of one network."""
+        return "method" in self.defense
+
     def _defense_words(self) -> str:
         inference = {"double": "double masking", "challenger": "the challenger game"}
         parts = [str(self.defense["type"])]
@@ -332,7 +347,7 @@ class Run:
             logits = f"up to {self.defense['tolerance']:g} logits"
             parts.append(
                 f"margins {logits} count as lost in a certificate"
-                if self.masks
+                if self.masks or self._is_of_bounds
                 else f"certificates hold if rounding moves scores by {logits}"
             )
         return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""Threat models: patches of known shapes, with any content, at any allowed place."""
+"""Threat models: patches of known shapes at any allowed place, or any few pixels."""
 
 from __future__ import annotations
 
@@ -401,6 +401,68 @@ class StencilPatch(Threat):
 
 
 @dataclass(frozen=True)
+class SparsePixels(Threat):
+    """Any few pixels anywhere, all channels of each, with any content (IBP, Section 4.3).
+
+    The pixels need not be neighbours, so that their sets are too many to list: the one region is
+    the whole image. Only ``IntervalBoundPropagation`` certifies it; defenses that look at views
+    would have to assume that every view is corrupted.
+
+    Attributes:
+        count: the largest number of pixels.
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.count):
+            raise PatchproofError(f"number of pixels: expected at least 1, got {self.count!r}")
+
+    def shapes(self, image_size: ImageSize) -> tuple[Shape, ...]:
+        """Raise ``PatchproofError``: the pixels have no shape."""
+        raise self._not_listed()
+
+    def regions(self, image_size: ImageSize) -> Regions:
+        """Return one region, the whole image, of which no more than ``count`` pixels change.
+
+        Raises:
+            PatchproofError: more pixels than the image has.
+        """
+        height, width = check_image_size(image_size)
+        if self.count > height * width:
+            raise PatchproofError(
+                f"number of pixels: expected at most the {height * width} of a {height}x{width} "
+                f"image, got {self.count}"
+            )
+        return Regions(image_size, torch.tensor([[[0, 0, height, width]]]))
+
+    def label(self) -> str:
+        """Return such as ``"4 pixels"``."""
+        return "1 pixel" if self.count == 1 else f"{self.count} pixels"
+
+    def describe(self) -> str:
+        """Say how many pixels."""
+        if self.count == 1:
+            return "any one pixel of the image, with any content in all its channels"
+        return f"any {self.count} pixels of the image, with any content in all their channels"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the number of pixels as JSON values."""
+        return {"type": "sparse", "count": self.count}
+
+    def corruption(self, visible: PixelSets) -> Corruption:
+        """Raise ``PatchproofError``: the sets of views that the pixels corrupt are too many."""
+        raise self._not_listed()
+
+    def _not_listed(self) -> PatchproofError:
+        return PatchproofError(
+            f"threat: expected patches, whose places can be listed, got {self.describe()}: take "
+            "IntervalBoundPropagation (--defense interval-bounds), or count patches of 1x1 pixels "
+            "(--patch '2*1')"
+        )
+
+
+@dataclass(frozen=True)
 class MultiplePatches(Threat):
     """Several patches at once, each with any content, anywhere that one may be (Section 5.1).
 
@@ -415,7 +477,8 @@ class MultiplePatches(Threat):
     def __post_init__(self) -> None:
         if not _is_count(self.count):
             raise PatchproofError(f"number of patches: expected at least 1, got {self.count!r}")
-        if not isinstance(self.patch, Threat) or isinstance(self.patch, MultiplePatches):
+        several = (MultiplePatches, SparsePixels)
+        if not isinstance(self.patch, Threat) or isinstance(self.patch, several):
             raise PatchproofError(f"patch: expected a threat of one patch, got {self.patch!r}")
 
     @property
@@ -469,6 +532,8 @@ def threat_from_dict(values: dict[str, Any]) -> Threat:
             return StencilPatch(rows, name, place)
         case {"type": "multiple", "count": int(count), "patch": dict(patch)}:
             return MultiplePatches(count, threat_from_dict(patch))
+        case {"type": "sparse", "count": int(count)}:
+            return SparsePixels(count)
     raise PatchproofError(f"expected a threat written by to_dict, got {values!r}")
 
 

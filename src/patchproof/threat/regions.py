@@ -123,6 +123,23 @@ class Regions:
         right = max(part.left + part.width for part in parts)
         return Box(top, left, bottom - top, right - left)
 
+    def unions(self, members: Tensor) -> Regions:
+        """Return the unions of some of the regions, as disjoint boxes.
+
+        Args:
+            members: (U, K) int64, the K regions of each union.
+        """
+        parts = self.parts[members[:, 0]]
+        for column in members[:, 1:].T:
+            added = [parts]
+            for part in self.parts[column].unbind(1):
+                pieces = part[:, None]
+                for box in parts.unbind(1):
+                    pieces = _compact(_without(pieces, box[:, None]))
+                added.append(pieces)
+            parts = _compact(torch.cat(added, 1))
+        return Regions(self.image_size, parts)
+
     def patterns(self, visible: PixelSets) -> tuple[Tensor, Tensor]:
         """Group the regions by the views that see at least one of their pixels.
 
@@ -181,6 +198,48 @@ class Regions:
                     grid.index_add_(1, rows * (width + 1) + columns, sign * values.double())
         sums = grid.view(-1, height + 1, width + 1).cumsum(1).cumsum(2)
         return sums[:, :height, :width].round(decimals=9).float()
+
+
+def _without(pieces: Tensor, box: Tensor) -> Tensor:
+    """Cut a box out of others: what is above it, below it, and beside it.
+
+    Args:
+        pieces: (U, B, 4) int64 boxes (top, left, height, width).
+        box: (U, 1, 4) int64.
+
+    Returns:
+        (U, 4 B, 4) disjoint boxes, all 0 where there is nothing.
+    """
+    start, end = pieces[..., :2], pieces[..., :2] + pieces[..., 2:]
+    inner_start = torch.maximum(start, box[..., :2])
+    inner_end = torch.minimum(end, box[..., :2] + box[..., 2:])
+    apart = (inner_start >= inner_end).any(-1, keepdim=True)
+    inner_start = torch.where(apart, end, inner_start)  # then all of the piece is above
+    inner_end = torch.where(apart, end, inner_end)
+    top, left = start.unbind(-1)
+    bottom, right = end.unbind(-1)
+    inner_top, inner_left = inner_start.unbind(-1)
+    inner_bottom, inner_right = inner_end.unbind(-1)
+    cut = torch.stack(
+        [
+            torch.stack([top, left, inner_top - top, right - left], -1),
+            torch.stack([inner_bottom, left, bottom - inner_bottom, right - left], -1),
+            torch.stack([inner_top, left, inner_bottom - inner_top, inner_left - left], -1),
+            torch.stack(
+                [inner_top, inner_right, inner_bottom - inner_top, right - inner_right], -1
+            ),
+        ],
+        2,
+    ).flatten(1, 2)
+    return torch.where((cut[..., 2:] > 0).all(-1, keepdim=True), cut, 0)
+
+
+def _compact(parts: Tensor) -> Tensor:
+    """Return (U, B, 4) boxes with those that are all 0 last, and none that all rows spare."""
+    used = parts[..., 2] > 0
+    order = used.int().argsort(dim=1, descending=True, stable=True)
+    parts = parts.gather(1, order[..., None].expand_as(parts))
+    return parts[:, : max(1, int(used.sum(1).max()))]
 
 
 def _groups(changes: Tensor) -> Tensor:

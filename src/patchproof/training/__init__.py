@@ -4,6 +4,7 @@ from patchproof.training.ablation import AblationRecipe
 from patchproof.training.bagcert import BagCertRecipe
 from patchproof.training.cutout import CutoutRecipe
 from patchproof.training.evidence import ClippedRecipe, MaskedEvidenceRecipe, RankRecipe
+from patchproof.training.interval_bounds import IntervalBoundsRecipe
 from patchproof.training.loop import train
 from patchproof.training.masking import GreedyMasks
 from patchproof.training.recipe import Recipe
@@ -14,6 +15,7 @@ __all__ = [
     "ClippedRecipe",
     "CutoutRecipe",
     "GreedyMasks",
+    "IntervalBoundsRecipe",
     "MaskedEvidenceRecipe",
     "RankRecipe",
     "Recipe",

@@ -24,7 +24,7 @@ from patchproof.models import (
     write_atomically,
 )
 from patchproof.results import PatchproofError, RunError
-from patchproof.training.recipe import Recipe
+from patchproof.training.recipe import Recipe, Step
 
 
 def train(
@@ -128,8 +128,12 @@ def train(
     clean, clean_labels = (fabric.to_device(tensor) for tensor in validation.tensors())
     drawn = None if drawn is None else fabric.to_device(drawn)
     network = network.to(memory_format=torch.channels_last)
-    network, optimizer = fabric.setup(network, make_optimizer(recipe, network))
-    log = _resume(out, network, optimizer)
+    companion = recipe.companion(spec)
+    both = network
+    if companion is not None:
+        both = nn.ModuleList([network, companion.to(memory_format=torch.channels_last)])
+    trained, optimizer = fabric.setup(both, make_optimizer(recipe, both))
+    log = _resume(out, trained.module, optimizer)
     made = card | {
         "class_names": list(training.class_names),
         "versions": {name: version(name) for name in ("patchproof", "torch")},
@@ -144,14 +148,17 @@ def train(
             started = time.perf_counter()
             torch.manual_seed(recipe.seed + 1_000_003 * (epoch + 1))  # the same after a resume
             order = torch.randperm(len(images))[: steps * recipe.batch_size].to(images.device)
-            network.train()
+            trained.train()
             total_loss = 0.0
             for step, batch in enumerate(
                 torch.split(order, recipe.batch_size), start=epoch * steps
             ):
                 views = shift_and_flip(images[batch], recipe) / 255
+                done = step / (recipe.epochs * steps)
                 with fabric.autocast():
-                    loss = recipe.loss(network.module, views, labels[batch], drawn)
+                    loss = recipe.step_loss(
+                        Step(network, companion, views, labels[batch], drawn, done)
+                    )
                 value = loss.item()
                 if not math.isfinite(value):
                     raise RunError(
@@ -161,9 +168,7 @@ def train(
                 total_loss += value
                 done = (step + 1) / (recipe.epochs * steps)
                 for group in optimizer.param_groups:
-                    group["lr"] = recipe.learning_rate * min(
-                        done / max(recipe.warmup, 1e-9), (1 - done) / max(1 - recipe.warmup, 1e-9)
-                    )
+                    group["lr"] = recipe.learning_rate * recipe.rate(done)
                 fabric.backward(loss)
                 optimizer.step()
                 optimizer.zero_grad()
@@ -171,7 +176,7 @@ def train(
 
             torch.manual_seed(recipe.seed)  # what a validation draws is the same in every epoch
             with fabric.autocast():
-                measured = recipe.evaluate(network.module, clean, clean_labels, drawn)
+                measured = recipe.evaluate(network, clean, clean_labels, drawn)
             entry = {
                 "epoch": epoch + 1,
                 "loss": total_loss / steps,
@@ -180,10 +185,8 @@ def train(
             }
             log.append(entry)
             if _best(log, recipe) is entry:
-                save_classifier(
-                    out / "model.safetensors", network.module, spec, made | {"best": entry}
-                )
-            _save_checkpoint(out, network, optimizer, log)
+                save_classifier(out / "model.safetensors", network, spec, made | {"best": entry})
+            _save_checkpoint(out, trained.module, optimizer, log)
             progress.console.print(
                 f"epoch {entry['epoch']}: loss {entry['loss']:.3f}, {recipe.describe(entry)}, "
                 f"{entry['seconds']:.0f} s"

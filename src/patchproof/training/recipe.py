@@ -20,6 +20,27 @@ Optimizer = Literal["sgd", "adamw"]
 _VALIDATION_BATCH = 250
 
 
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of the training.
+
+    Attributes:
+        network: in train mode.
+        companion: what the recipe trains along with it (``Recipe.companion``).
+        views: (N, C, H, W) in [0, 1], shifted and flipped; may be overwritten.
+        labels: (N,) int64.
+        drawn: what ``Recipe.draw`` returned.
+        done: share of all steps before this one.
+    """
+
+    network: nn.Module
+    companion: nn.Module | None
+    views: Tensor
+    labels: Tensor
+    drawn: Tensor | None
+    done: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe(ABC):
     """How to train; with equal data and device, the same recipe gives the same network.
@@ -118,6 +139,18 @@ class Recipe(ABC):
     def check(self, network: nn.Module, spec: ModelSpec) -> None:
         """Raise ``PatchproofError`` if the recipe cannot train this network."""
         return
+
+    def companion(self, spec: ModelSpec) -> nn.Module | None:
+        """Return a network to train along with the model, which is not part of it, if any."""
+        return None
+
+    def rate(self, done: float) -> float:
+        """Return the share of the highest learning rate at a share of all steps done."""
+        return min(done / max(self.warmup, 1e-9), (1 - done) / max(1 - self.warmup, 1e-9))
+
+    def step_loss(self, step: Step) -> Tensor:
+        """Return the loss of one step; here it depends on nothing but the batch."""
+        return self.loss(step.network, step.views, step.labels, step.drawn)
 
     @abstractmethod
     def loss(

@@ -1,0 +1,750 @@
+"""The operators that bounds go through, one class each, and the rule of interval arithmetic of it.
+
+An operator works on clean activations (``clean``); on bounds of all activations of one box
+(``plain``, the textbook rule: Chiang et al., 2020, Equations 5 to 8); and on what many regions of a
+patch can do to them (``propagate``): on windows until a layer sees the whole image, and everywhere
+from there on.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from patchproof.bounds.windows import (
+    HALF_ULP,
+    SMALLEST,
+    Centred,
+    Clean,
+    Everywhere,
+    Windows,
+    cut,
+    gamma,
+    in_order,
+    inside_map,
+    padded,
+    placed,
+    rows,
+    widened,
+)
+
+_MOST_KEPT = 2**26
+"""Columns of weights (float32 values) that are kept from one batch of images to the next."""
+
+_FEW = 2**15
+"""Columns of a window (values) of which many are multiplied in one call."""
+_MOST_WASTE = 8
+"""Multiplications by the matrix of a convolution for each of the convolution, where that pays."""
+
+Bounds = Windows | Everywhere | Centred
+Box = tuple[Tensor, Tensor]
+"""Lower and upper bounds of all activations."""
+
+
+class Operator(ABC):
+    """One operator of a network.
+
+    Attributes:
+        kept: what is kept from one batch to the next (``BoundedNetwork.keeping``); None while
+            nothing is, as where gradients are wanted.
+    """
+
+    kept: dict[Any, Tensor] | None = None
+
+    def _buffer(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return memory that is used again, as fresh pages cost as much as what is put there."""
+        if self.kept is None:
+            return like.new_empty(shape)
+        if name not in self.kept or self.kept[name].shape != shape:
+            self.kept[name] = like.new_empty(shape)
+        return self.kept[name]
+
+    @abstractmethod
+    def clean(self, *inputs: Clean) -> Clean:
+        """Return the activations of clean images, and how far rounding may move them."""
+
+    @abstractmethod
+    def plain(self, *inputs: Box) -> Box:
+        """Return the bounds of all activations (N, ...), without slack for rounding."""
+
+    @abstractmethod
+    def propagate(self, clean: Clean, *inputs: Bounds) -> Bounds:
+        """Return the bounds for many regions, where ``clean`` is what it makes of clean images."""
+
+
+class Affine(Operator):
+    """An affine operator: y = W z + b, with ``apply`` for W or |W| alone."""
+
+    terms: int
+    """The most terms that one activation sums up."""
+
+    @abstractmethod
+    def apply(self, values: Tensor, *, absolute: bool) -> Tensor:
+        """Return W values, or |W| values."""
+
+    @abstractmethod
+    def forward(self, values: Tensor) -> Tensor:
+        """Return W values + b as the network computes it."""
+
+    def clean(self, *inputs: Clean) -> Clean:
+        """Return the activations with their rounding error."""
+        (given,) = inputs
+        value = self.forward(given.value)
+        if given.error is None:
+            return Clean(value, None)
+        rounded = self.magnitude(given.value.abs())
+        error = self.apply(given.error, absolute=True)
+        error = error + 2 * gamma(self.terms) * rounded + 4 * self.terms * SMALLEST
+        return Clean(value, widened(error, self.terms))
+
+    def magnitude(self, values: Tensor) -> Tensor:
+        """Return |W| values + |b| of values that are not negative: no partial sum is larger."""
+        bias = self.forward(torch.zeros_like(values[:1])).abs()
+        return self.apply(values, absolute=True) + bias
+
+    def plain(self, *inputs: Box) -> Box:
+        """Return centre -+ radius (Equations 5 and 6)."""
+        ((lower, upper),) = inputs
+        centre = self.forward((lower + upper) / 2)
+        radius = self.apply((upper - lower) / 2, absolute=True)
+        return centre - radius, centre + radius
+
+    def everywhere(self, clean: Clean, given: Everywhere | Centred) -> Centred:
+        """Return the bounds where the input is bounded everywhere."""
+        shape = given.lower.shape[:2]
+        centre = self.forward(((given.lower + given.upper) / 2).flatten(0, 1))
+        radius = self.apply(((given.upper - given.lower) / 2).flatten(0, 1), absolute=True)
+        centre, radius = (part.reshape(*shape, *part.shape[1:]) for part in (centre, radius))
+        return self._centred(clean, centre, radius, given.each)
+
+    def _centred(self, clean: Clean, centre: Tensor, radius: Tensor, each: int | None) -> Centred:
+        """Return bounds of all outputs, widened by what rounding can do."""
+        if clean.error is None:
+            return Centred(clean, centre, radius, None, each)
+        radius = widened(radius, self.terms)
+        return Centred(clean, centre, radius, rows(clean.error, each), each)
+
+
+class Linear(Affine):
+    """A fully connected layer on (N, features)."""
+
+    def __init__(self, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None]) -> None:
+        self._weight, self._bias = weight, bias
+        self.terms = weight().shape[1]
+
+    @property
+    def weight(self) -> Tensor:
+        """(outputs, features) as it is now."""
+        return self._weight()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(outputs,) as it is now."""
+        return self._bias()
+
+    def apply(self, values: Tensor, *, absolute: bool) -> Tensor:
+        """Return values W^T, or values |W|^T."""
+        return functional.linear(values, self.weight.abs() if absolute else self.weight)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return values W^T + b."""
+        return functional.linear(values, self.weight, self.bias)
+
+    def propagate(self, clean: Clean, *inputs: Bounds) -> Centred:
+        """Return bounds of all outputs."""
+        (given,) = inputs
+        if not isinstance(given, Windows):
+            return self.everywhere(clean, given)
+        return self._centred(clean, *self._on_windows(clean, given), given.each)
+
+    def _on_windows(self, clean: Clean, given: Windows) -> tuple[Tensor, Tensor]:
+        """Return centre and radius, (L, N, outputs) or a radius (L, 1, outputs), of windows.
+
+        The features are the flattened maps that the windows are on.
+        """
+        shape = given.clean.value.shape[1:]
+        shift, radius = given.shift.flatten(2), given.radius.flatten(2)
+        value = rows(clean.value, given.each)
+        if self.kept is not None and given.each is None:
+            centre, spread = self._by_regions(clean.value, shape, given, self.kept)
+        elif given.each is None:
+            columns = weight_columns(self.weight, shape, given.starts, given.size)
+            centre = torch.baddbmm(value.expand(len(shift), -1, -1), shift, columns)
+            spread = torch.bmm(radius, columns.abs())
+        else:
+            distinct, which = torch.unique(given.starts, dim=0, return_inverse=True)
+            if len(distinct) * 4 > len(given.starts):
+                moved, spread = _by_bags(self.weight, shape, given)
+            else:
+                columns = weight_columns(self.weight, shape, distinct, given.size)
+                moved, spread = _by_groups(columns, which, shift, radius)
+            centre = value + moved
+        return centre, spread
+
+    def _by_regions(
+        self, value: Tensor, shape: torch.Size, given: Windows, kept: dict[Any, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Multiply windows by columns that are kept."""
+        shift, radius = given.shift.flatten(2), given.radius.flatten(2)
+        centre = self._buffer("centre", shift, (len(shift), *value.shape))
+        spread = self._buffer("spread", shift, (len(shift), radius.shape[1], value.shape[1]))
+        together = shift.shape[2] * value.shape[1] <= _FEW
+        step = len(shift) if together else 1
+        for begin in range(0, len(shift), step):
+            of = slice(begin, begin + step)
+            places = given.starts[of]
+            key = (tuple(places.flatten().tolist()), given.size)
+            if key not in kept:
+                if sum(columns.numel() for columns in kept.values()) > _MOST_KEPT:
+                    kept.clear()
+                kept[key] = weight_columns(self.weight, shape, places, given.size)
+                kept[*key, "magnitudes"] = kept[key].abs()
+            torch.baddbmm(value.expand(len(places), -1, -1), shift[of], kept[key], out=centre[of])
+            torch.bmm(radius[of], kept[*key, "magnitudes"], out=spread[of])
+        return centre, spread
+
+
+def weight_columns(
+    weight: Tensor, shape: torch.Size, starts: Tensor, size: tuple[int, int]
+) -> Tensor:
+    """Return what windows of maps (C, H, W) are multiplied by, (L, C h w, outputs).
+
+    Args:
+        weight: (outputs, C H W).
+        shape: (C, H, W).
+        starts: (L, 2) of the windows.
+        size: (h, w) of the windows.
+    """
+    first = starts.amin(0).clamp(min=0).tolist()
+    last = (starts.amax(0) + torch.tensor(size)).tolist()
+    table = weight.reshape(len(weight), *shape)[:, :, first[0] : last[0], first[1] : last[1]]
+    table = table.permute(1, 2, 3, 0)  # (C, H, W, outputs): the rows of a window lie together
+    top, left = (max(0, -int(start)) for start in starts.amin(0))
+    bottom, right = (max(0, last[axis] - shape[1 + axis]) for axis in (0, 1))
+    table = functional.pad(table, (0, 0, left, right, top, bottom)).contiguous()
+    windows = [
+        table[:, row : row + size[0], column : column + size[1]]
+        for row, column in (starts - starts.amin(0)).tolist()
+    ]
+    return torch.stack(windows).flatten(1, 3)
+
+
+def _by_groups(
+    columns: Tensor, which: Tensor, shift: Tensor, radius: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Multiply windows (L, N, features) by the columns (D, features, outputs) they belong to."""
+    order = which.argsort()
+    counts = which.bincount().tolist()
+    moved, spread = (
+        torch.cat(
+            [
+                part @ column
+                for part, column in zip(
+                    torch.split_with_sizes(values[order], counts), table, strict=True
+                )
+            ]
+        )[order.argsort()]
+        for values, table in ((shift, columns), (radius, columns.abs()))
+    )
+    return moved, spread
+
+
+def _by_bags(weight: Tensor, shape: torch.Size, given: Windows) -> tuple[Tensor, Tensor]:
+    """Multiply windows (L, 1, C, h, w) by columns, as weighted sums of single columns."""
+    _, height, width = shape
+    places = []
+    for axis, length in enumerate((height, width)):
+        place = given.starts[:, axis, None] + torch.arange(given.size[axis])
+        places.append(place.clamp(0, length - 1))  # shift and radius are 0 outside
+    place = (places[0][:, :, None] * width + places[1][:, None, :]).flatten(1)
+    channel = torch.arange(shape[0])[:, None] * (height * width)
+    index = (place[:, None] + channel).flatten(1).to(weight.device)
+    table = weight.T.contiguous()
+    moved = functional.embedding_bag(
+        index, table, mode="sum", per_sample_weights=given.shift.flatten(1)
+    )
+    spread = functional.embedding_bag(
+        index, table.abs(), mode="sum", per_sample_weights=given.radius.flatten(1)
+    )
+    return moved[:, None], spread[:, None]
+
+
+class Convolution(Affine):
+    """A convolution with zero padding."""
+
+    def __init__(
+        self,
+        weight: Callable[[], Tensor],
+        bias: Callable[[], Tensor | None],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int] = (1, 1),
+        groups: int = 1,
+    ) -> None:
+        self._weight, self._bias = weight, bias
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.terms = weight()[0].numel()
+
+    @property
+    def weight(self) -> Tensor:
+        """(outputs, inputs / groups, rows, columns) as it is now."""
+        return self._weight()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(outputs,) as it is now."""
+        return self._bias()
+
+    def _convolve(
+        self, values: Tensor, bias: Tensor | None, padding: tuple[int, int], *, absolute: bool
+    ) -> Tensor:
+        weight = self.weight.contiguous()  # windows are too small for channels_last
+        weight = weight.abs() if absolute else weight
+        return functional.conv2d(
+            values, weight, bias, self.stride, padding, self.dilation, self.groups
+        )
+
+    def apply(self, values: Tensor, *, absolute: bool) -> Tensor:
+        """Convolve without the bias."""
+        return self._convolve(values, None, self.padding, absolute=absolute)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Convolve."""
+        return self._convolve(values, self.bias, self.padding, absolute=False)
+
+    def _on_window(
+        self,
+        values: Tensor,
+        offset: tuple[int, int],
+        seen: tuple[int, int],
+        size: tuple[int, int],
+        *,
+        absolute: bool,
+    ) -> Tensor:
+        """Convolve windows (L, N, C, h, w) at an offset inside zeros of the size ``seen``.
+
+        Windows are hardly larger than the kernel, so that nearly every output sees nearly every
+        input: where few channels make the matrix of the convolution small, it is multiplied.
+        """
+        inputs = values[0, 0].numel()
+        outputs = len(self.weight) * size[0] * size[1]
+        if inputs * outputs <= _MOST_WASTE * outputs * self.terms * self.groups:
+            units = torch.eye(inputs, dtype=values.dtype, device=values.device)
+            maps = padded(units.reshape(-1, *values.shape[2:]), offset, seen)
+            matrix = self._convolve(maps, None, (0, 0), absolute=absolute).flatten(1)
+            return (values.flatten(2) @ matrix).reshape(*values.shape[:2], len(self.weight), *size)
+        maps = padded(values.flatten(0, 1), offset, seen)
+        convolved = self._convolve(maps, None, (0, 0), absolute=absolute)
+        return convolved.reshape(*values.shape[:2], *convolved.shape[1:])
+
+    def propagate(self, clean: Clean, *inputs: Bounds) -> Bounds:
+        """Return bounds on the windows of all outputs that see the input's windows."""
+        (given,) = inputs
+        if not isinstance(given, Windows):
+            return self.everywhere(clean, given)
+        kernel = self.weight.shape[2:]
+        shape = (clean.value.shape[2], clean.value.shape[3])
+        first, offsets, size, needed = reach(
+            given, (kernel[0], kernel[1]), self.stride, self.padding, self.dilation, shape
+        )
+        distinct, which = torch.unique(offsets, dim=0, return_inverse=True)
+        shifts, radii = given.shift, given.radius
+        if len(distinct) > self.stride[0] * self.stride[1]:  # windows that became the whole map
+            shifts, radii = (placed(values, offsets, needed) for values in (shifts, radii))
+            distinct, which = torch.zeros(1, 2, dtype=torch.int64), torch.zeros_like(which)
+        parts: list[list[Tensor]] = [[], []]
+        for number, (top, left) in enumerate(distinct.tolist()):
+            for part, values, absolute in zip(parts, (shifts, radii), (False, True), strict=True):
+                chosen = values if len(distinct) == 1 else values[which == number]
+                part.append(self._on_window(chosen, (top, left), needed, size, absolute=absolute))
+        shift, radius = (in_order(part, which) for part in parts)
+        if clean.error is not None:
+            radius = widened(radius, self.terms)
+        on_map = inside_map(first, size, shape)
+        if on_map is not None:
+            on_map = on_map.to(shift.device)
+            shift, radius = shift * on_map, radius * on_map
+        return Windows(clean, shift, radius, first, given.each)
+
+
+def reach(
+    given: Windows,
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    shape: tuple[int, int],
+) -> tuple[Tensor, Tensor, tuple[int, int], tuple[int, int]]:
+    """Return which outputs of a sliding kernel, a map of a shape (H, W), see the windows.
+
+    Returns:
+        The first output of each window, (L, 2); how far the input window begins after the first
+        input that this output sees, (L, 2); and how many outputs there are along each axis, and
+        how many inputs they see.
+    """
+    steps, before = torch.tensor(stride), torch.tensor(padding)
+    extent = (torch.tensor(kernel) - 1) * torch.tensor(dilation)
+    first = -((extent - given.starts - before).div(steps, rounding_mode="floor"))
+    offsets = given.starts - (first * steps - before)
+    length = torch.tensor(given.size)
+    size = (offsets + length - 1).div(steps, rounding_mode="floor").amax(0).clamp(min=0) + 1
+    most = torch.tensor(shape)
+    first = torch.where(size < most, first, 0)  # else all of the map
+    size = torch.minimum(size, most)
+    offsets = given.starts - (first * steps - before)
+    needed = (size - 1) * steps + extent + 1
+    (rows_, columns), (high, wide) = size.tolist(), needed.tolist()
+    return first, offsets, (rows_, columns), (high, wide)
+
+
+class Scale(Affine):
+    """y = a z + b with one factor and one term for each channel.
+
+    Args:
+        factor_and_term: a and b, (C,) each or one value.
+        magnitude: the sum of the magnitudes of what b is computed from, (C,), if that is more.
+    """
+
+    terms = 4
+
+    def __init__(
+        self,
+        factor_and_term: Callable[[], tuple[Tensor, Tensor]],
+        magnitude: Callable[[], Tensor] | None = None,
+    ) -> None:
+        self._factor_and_term = factor_and_term
+        self._magnitude = magnitude
+
+    def _shaped(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        factor, term = self._factor_and_term()
+        shape = (-1, *[1] * (values.ndim - 2))
+        return factor.to(values.device).reshape(shape), term.to(values.device).reshape(shape)
+
+    def magnitude(self, values: Tensor) -> Tensor:
+        """Return |a| values + the sum of the parts of |b|, which may cancel in b."""
+        if self._magnitude is None:
+            return super().magnitude(values)
+        factor, _ = self._shaped(values)
+        return values * factor.abs() + self._magnitude().reshape(factor.shape)
+
+    def apply(self, values: Tensor, *, absolute: bool) -> Tensor:
+        """Return a values, or |a| values."""
+        factor, _ = self._shaped(values)
+        return values * (factor.abs() if absolute else factor)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return a values + b."""
+        factor, term = self._shaped(values)
+        return values * factor + term
+
+    def propagate(self, clean: Clean, *inputs: Bounds) -> Bounds:
+        """Return bounds on the same windows."""
+        (given,) = inputs
+        if not isinstance(given, Windows):
+            return self.everywhere(clean, given)
+        factor, _ = self._shaped(given.clean.value)
+        radius = given.radius * factor.abs()
+        if clean.error is not None:
+            radius = widened(radius, self.terms)
+        return Windows(clean, given.shift * factor, radius, given.starts, given.each)
+
+
+class Monotone(Operator):
+    """An activation that never falls: bounds go through it one by one (Equations 7 and 8).
+
+    Args:
+        function: of each value.
+        exact: it rounds nothing, as it is linear in pieces.
+        never_negative: it has no value below 0.
+    """
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], *, exact: bool, never_negative: bool
+    ) -> None:
+        self._function = function
+        self._exact = exact
+        self.never_negative = never_negative
+
+    @property
+    def is_relu(self) -> bool:
+        """Whether it is max(z, 0)."""
+        return self._function is torch.relu
+
+    def clean(self, *inputs: Clean) -> Clean:
+        """Return the activations, and how far a rounded input moves them."""
+        (given,) = inputs
+        value = self._function(given.value)
+        if given.error is None:
+            return Clean(value, None)
+        above = self._outward(given.value + given.error, 1) - value
+        below = value - self._outward(given.value - given.error, -1)
+        return Clean(value, torch.maximum(above, below) * (1 + 4 * HALF_ULP))
+
+    def _of_centred(self, given: Centred, slack: bool) -> Box:
+        """Return the bounds of the activations of what an affine layer gives."""
+        if not self.is_relu or self.kept is None:
+            return self._outward(given.lower, -slack), self._outward(given.upper, slack)
+        shape = tuple(given.centre.shape)
+        lower = torch.sub(given.centre, given.radius, out=self._buffer("low", given.centre, shape))
+        upper = torch.add(given.centre, given.radius, out=self._buffer("high", given.centre, shape))
+        if given.error is not None:
+            lower, upper = lower.sub_(given.error), upper.add_(given.error)
+        return lower.relu_(), upper.relu_()
+
+    def _outward(self, values: Tensor, sign: int) -> Tensor:
+        """Apply the function, and move what it rounds up (1), down (-1) or not at all."""
+        moved = self._function(values)
+        if self._exact or not sign:
+            return moved
+        return moved + sign * 64 * HALF_ULP * (moved.abs() + 1e-6)
+
+    def plain(self, *inputs: Box) -> Box:
+        """Return the function of both bounds."""
+        ((lower, upper),) = inputs
+        return self._function(lower), self._function(upper)
+
+    def propagate(self, clean: Clean, *inputs: Bounds) -> Bounds:
+        """Return the bounds of the activations."""
+        (given,) = inputs
+        slack = clean.error is not None
+        if isinstance(given, Centred):
+            return Everywhere(clean, *self._of_centred(given, slack), given.each)
+        if isinstance(given, Everywhere):
+            lower, upper = self._outward(given.lower, -slack), self._outward(given.upper, slack)
+            return Everywhere(clean, lower, upper, given.each)
+        before = given.cut(given.clean.value)
+        radius = given.radius
+        if given.clean.error is not None:
+            radius = radius + given.cut(given.clean.error)
+        centre = before + given.shift
+        lower = self._outward(centre - radius, -slack)
+        upper = self._outward(centre + radius, slack)
+        shift = (lower + upper) / 2 - self._function(before)
+        radius = (upper - lower) / 2
+        size = given.size
+        on_map = inside_map(
+            given.starts, size, (given.clean.value.shape[2], given.clean.value.shape[3])
+        )
+        if on_map is not None:
+            on_map = on_map.to(shift.device)
+            shift, radius = shift * on_map, radius * on_map
+        return Windows(clean, shift, radius, given.starts, given.each)
+
+
+class MaximumPool(Operator):
+    """Max pooling: the maximum of the bounds."""
+
+    def __init__(
+        self,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+    ) -> None:
+        self.kernel, self.stride, self.padding, self.dilation = kernel, stride, padding, dilation
+
+    def _pool(self, values: Tensor, padding: tuple[int, int]) -> Tensor:
+        return functional.max_pool2d(values, self.kernel, self.stride, padding, self.dilation)
+
+    def clean(self, *inputs: Clean) -> Clean:
+        """Return the maxima; rounding moves them by no more than the largest error below them."""
+        (given,) = inputs
+        value = self._pool(given.value, self.padding)
+        error = None if given.error is None else self._pool(given.error, self.padding)
+        return Clean(value, error)
+
+    def plain(self, *inputs: Box) -> Box:
+        """Return the maxima of both bounds."""
+        ((lower, upper),) = inputs
+        return self._pool(lower, self.padding), self._pool(upper, self.padding)
+
+    def propagate(self, clean: Clean, *inputs: Bounds) -> Bounds:
+        """Return bounds of all maxima over the windows and the clean activations around them."""
+        (given,) = inputs
+        if not isinstance(given, Windows):
+            lower, upper = (
+                _over_pairs(partial(self._pool, padding=self.padding), bound)
+                for bound in (given.lower, given.upper)
+            )
+            return Everywhere(clean, lower, upper, given.each)
+        shape = (clean.value.shape[2], clean.value.shape[3])
+        first, offsets, size, needed = reach(
+            given, self.kernel, self.stride, self.padding, self.dilation, shape
+        )
+        seen = first * torch.tensor(self.stride) - torch.tensor(self.padding)
+        value = cut(given.clean.value, seen, needed, given.each, -torch.inf)
+        error = (
+            0.0 if given.clean.error is None else cut(given.clean.error, seen, needed, given.each)
+        )
+        shift = placed(given.shift, offsets, needed)
+        radius = placed(given.radius, offsets, needed)
+        lower, upper = (
+            _over_pairs(partial(self._pool, padding=(0, 0)), bound)
+            for bound in (value - error + shift - radius, value + error + shift + radius)
+        )
+        base = cut(clean.value, first, size, given.each)
+        on_map = inside_map(first, size, shape)
+        shift, radius = (lower + upper) / 2 - base, (upper - lower) / 2
+        if on_map is not None:  # windows that see nothing of the map hold no number
+            on_map = on_map.to(shift.device)
+            shift = torch.where(on_map, shift, 0.0)
+            radius = torch.where(on_map, radius, 0.0)
+        return Windows(clean, shift, radius, first, given.each)
+
+
+class Mean(Affine):
+    """The mean of each map: global average pooling, to (N, C) or (N, C, 1, 1)."""
+
+    def __init__(self, keep: bool, terms: int) -> None:
+        self._keep = keep
+        self.terms = terms
+
+    def apply(self, values: Tensor, *, absolute: bool) -> Tensor:
+        """Return the means."""
+        return values.mean((2, 3), keepdim=self._keep)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the means."""
+        return values.mean((2, 3), keepdim=self._keep)
+
+    def propagate(self, clean: Clean, *inputs: Bounds) -> Centred:
+        """Return bounds of the means."""
+        (given,) = inputs
+        if not isinstance(given, Windows):
+            return self.everywhere(clean, given)
+        cells = given.clean.value[0, 0].numel()
+        moved, radius = (
+            values.sum((3, 4), keepdim=self._keep) / cells for values in (given.shift, given.radius)
+        )
+        return self._centred(clean, rows(clean.value, given.each) + moved, radius, given.each)
+
+
+class Flatten(Operator):
+    """Flattening to (N, features).
+
+    Args:
+        before_linear: fully connected layers alone follow, which take windows of maps as they are.
+    """
+
+    def __init__(self, before_linear: bool) -> None:
+        self._before_linear = before_linear
+
+    def clean(self, *inputs: Clean) -> Clean:
+        """Flatten."""
+        (given,) = inputs
+        return Clean(
+            given.value.flatten(1), None if given.error is None else given.error.flatten(1)
+        )
+
+    def plain(self, *inputs: Box) -> Box:
+        """Flatten both bounds."""
+        ((lower, upper),) = inputs
+        return lower.flatten(1), upper.flatten(1)
+
+    def propagate(self, clean: Clean, *inputs: Bounds) -> Bounds:
+        """Return windows as they are before fully connected layers, and flatten other bounds."""
+        (given,) = inputs
+        if isinstance(given, Windows):
+            return given if self._before_linear else flattened(given)
+        return Everywhere(clean, given.lower.flatten(2), given.upper.flatten(2), given.each)
+
+
+class Sum(Operator):
+    """The sum of two branches."""
+
+    def clean(self, *inputs: Clean) -> Clean:
+        """Add up activations and errors."""
+        one, other = inputs
+        value = one.value + other.value
+        if one.error is None or other.error is None:
+            return Clean(value, None)
+        rounded = 4 * HALF_ULP * (one.value.abs() + other.value.abs())
+        return Clean(value, (one.error + other.error + rounded) * (1 + 4 * HALF_ULP))
+
+    def plain(self, *inputs: Box) -> Box:
+        """Add up the bounds."""
+        one, other = inputs
+        return one[0] + other[0], one[1] + other[1]
+
+    def propagate(self, clean: Clean, *inputs: Bounds) -> Bounds:
+        """Return bounds on windows that hold both windows."""
+        one, other = inputs
+        if not isinstance(one, Windows) and not isinstance(other, Windows):
+            lower, upper = one.lower + other.lower, one.upper + other.upper
+            if clean.error is not None:
+                magnitude = torch.maximum(lower.abs(), upper.abs())
+                rounded = 8 * HALF_ULP * (magnitude + rows(clean.value.abs(), one.each))
+                lower, upper = lower - rounded, upper + rounded
+            return Everywhere(clean, lower, upper, one.each)
+        if not isinstance(one, Windows) or not isinstance(other, Windows):
+            whole = [everywhere(side) if isinstance(side, Windows) else side for side in inputs]
+            return self.propagate(clean, *whole)
+        starts = torch.minimum(one.starts, other.starts)
+        size = torch.stack(
+            [side.starts + torch.tensor(side.size) - starts for side in (one, other)]
+        ).amax((0, 1))
+        height, width = size.tolist()
+        shift, radius = (
+            placed(first, one.starts - starts, (height, width))
+            + placed(second, other.starts - starts, (height, width))
+            for first, second in ((one.shift, other.shift), (one.radius, other.radius))
+        )
+        if clean.error is not None:
+            radius = widened(radius, 2)
+        return Windows(clean, shift, radius, starts, one.each)
+
+
+def _over_pairs(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """Apply a function of batches to (L, N, ...)."""
+    result = function(values.flatten(0, 1))
+    return result.reshape(*values.shape[:2], *result.shape[1:])
+
+
+def everywhere(given: Windows) -> Everywhere:
+    """Return bounds of all activations of maps, windows being part of them."""
+    height, width = given.clean.value.shape[2:]
+    shift = placed(given.shift, given.starts, (height, width))
+    radius = placed(given.radius, given.starts, (height, width))
+    centre = rows(given.clean.value, given.each) + shift
+    if given.clean.error is not None:
+        radius = radius + rows(given.clean.error, given.each)
+    return Everywhere(given.clean, centre - radius, centre + radius, given.each)
+
+
+def flattened(given: Windows) -> Everywhere:
+    """Return bounds of all activations of maps as features."""
+    bounds = everywhere(given)
+    clean = Clean(
+        given.clean.value.flatten(1),
+        None if given.clean.error is None else given.clean.error.flatten(1),
+    )
+    return Everywhere(clean, bounds.lower.flatten(2), bounds.upper.flatten(2), given.each)
+
+
+def pooled(given: Bounds, count: int) -> Bounds:
+    """Return bounds that hold for each of ``count`` regions, one after the other, together.
+
+    Bound pooling (Appendix A.3): the least lower and the largest upper bounds of the group.
+    """
+    each = None if given.each is None else given.each // count
+    if not isinstance(given, Windows):
+        lower, upper = (
+            bound.reshape(-1, count, *bound.shape[1:]) for bound in (given.lower, given.upper)
+        )
+        return Everywhere(given.clean, lower.amin(1), upper.amax(1), each)
+    starts = given.starts.reshape(-1, count, 2)
+    first = starts.amin(1)
+    offsets = (starts - first[:, None]).flatten(0, 1)
+    height, width = (offsets.amax(0) + torch.tensor(given.size)).tolist()
+    lower, upper = (
+        placed(bound, offsets, (height, width)).reshape(-1, count, *bound.shape[1:3], height, width)
+        for bound in (given.shift - given.radius, given.shift + given.radius)
+    )
+    lowest, highest = lower.amin(1), upper.amax(1)
+    return Windows(given.clean, (lowest + highest) / 2, (highest - lowest) / 2, first, each)

@@ -1,0 +1,224 @@
+"""Bounds of activations on the windows that a patch reaches, as differences to the clean image.
+
+Outside the window of a region, an activation is the clean image's whatever the patch shows. Inside
+it lies in ``clean + shift +- radius``. Where a layer is affine, shift and radius go through it
+without its bias, and zeros stand for all that lies outside: only windows are computed, for many
+regions at once.
+
+Rounding. ``clean`` is computed in float32, and so is what ``predict`` says of an attacked image.
+``error`` bounds how far either is from exact arithmetic, where nothing is attacked: for a dot
+product of n terms in any order of summation, and with z the clean activation,
+
+    error' = |W| error + 2 gamma (|W| |z| + |b|) + 4 n 2^-126,     gamma = (n + 16) 2^-24.
+
+Inside the window an attacked activation z' has |z'| <= |z| + |shift| + radius <= |z| + 2 radius, as
+the clean image is one of those that the patch can show. The roundings of the network on it, and of
+shift and radius themselves, together stay below ``4 gamma |W| radius`` more; ``widened`` adds that.
+This holds for layers that are summed directly, and not for those that transform the image first
+(Winograd, FFT).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+HALF_ULP = 2.0**-24
+"""The relative rounding error of float32."""
+SMALLEST = 2.0**-126
+"""The rounding error of float32 where products underflow."""
+MOST_TERMS = 2**17
+"""Terms of a sum up to which its rounding is proportional to its length."""
+
+
+def gamma(terms: int) -> float:
+    """Return the relative error of a float32 dot product of so many terms, with some to spare."""
+    return (terms + 16) * HALF_ULP
+
+
+def widened(radius: Tensor, terms: int) -> Tensor:
+    """Return radii that also hold the rounding of a dot product of so many terms."""
+    return radius * (1 + 6 * gamma(terms))
+
+
+@dataclass(frozen=True, eq=False)
+class Clean:
+    """Activations of N clean images.
+
+    Attributes:
+        value: (N, ...) as the network computes it.
+        error: (N, ...) how far rounding may move it; None if rounding is left out of account, as
+            in training.
+    """
+
+    value: Tensor
+    error: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Bounds on windows of activations (N, C, H, W), for L regions.
+
+    Attributes:
+        clean: of the clean images.
+        shift: (L, N, C, h, w), the centre of the bounds minus the clean activation; (L, 1, ...) if
+            each region goes with one image.
+        radius: (L, N, C, h, w), or (L, 1, ...) if all images have the same.
+        starts: (L, 2) int64, row and column of each window's first activation; windows may stick
+            out, shift and radius are 0 there.
+        each: regions of each image, in the order of the images; None if all go with all.
+    """
+
+    clean: Clean
+    shift: Tensor
+    radius: Tensor
+    starts: Tensor
+    each: int | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Return (h, w) of the windows."""
+        return self.shift.shape[3], self.shift.shape[4]
+
+    def cut(self, values: Tensor, outside: float = 0.0) -> Tensor:
+        """Return the windows of values (N, C, H, W), (L, N, C, h, w)."""
+        return cut(values, self.starts, self.size, self.each, outside)
+
+
+@dataclass(frozen=True, eq=False)
+class Everywhere:
+    """Bounds of all activations (N, ...) of a layer that sees the whole image, for L regions.
+
+    Attributes:
+        clean: of the clean images.
+        lower: (L, N, ...), or (L, 1, ...) if each region goes with one image.
+        upper: of the same shape.
+        each: regions of each image, in the order of the images; None if all go with all.
+    """
+
+    clean: Clean
+    lower: Tensor
+    upper: Tensor
+    each: int | None
+
+
+@dataclass(eq=False)
+class Centred:
+    """Bounds of all outputs of an affine layer, before they are added up.
+
+    Attributes:
+        clean: of the clean images.
+        centre: (L, N, ...), or (L, 1, ...) if each region goes with one image.
+        radius: of the same shape, or (L, 1, ...) if all images have the same.
+        error: (1, N, ...), or (L, 1, ...), what rounding adds to the radius; None without slack.
+        each: regions of each image, in the order of the images; None if all go with all.
+    """
+
+    clean: Clean
+    centre: Tensor
+    radius: Tensor
+    error: Tensor | None
+    each: int | None
+
+    @cached_property
+    def lower(self) -> Tensor:
+        """(L, N, ...)."""
+        lower = self.centre - self.radius
+        return lower if self.error is None else lower.sub_(self.error)
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """(L, N, ...)."""
+        upper = self.centre + self.radius
+        return upper if self.error is None else upper.add_(self.error)
+
+
+def rows(values: Tensor, each: int | None) -> Tensor:
+    """Return values (N, ...) of the images so that they broadcast against bounds (L, N, ...)."""
+    if each is None:
+        return values[None]
+    return values[:, None].expand(-1, each, *values.shape[1:]).flatten(0, 1)[:, None]
+
+
+def cut(
+    values: Tensor,
+    starts: Tensor,
+    size: tuple[int, int],
+    each: int | None = None,
+    outside: float = 0.0,
+) -> Tensor:
+    """Return windows of maps.
+
+    Args:
+        values: (N, C, H, W).
+        starts: (L, 2), first row and column of each window; it may stick out of the map.
+        size: (h, w) of the windows.
+        each: windows of each map, in the order of the maps; None to cut all from all.
+        outside: the value outside of the map.
+
+    Returns:
+        (L, N, C, h, w), or (L, 1, C, h, w) with ``each``.
+    """
+    (height, width), (rows_, columns) = values.shape[2:], size
+    first, last = starts.amin(0).tolist(), starts.amax(0).tolist()
+    top, left = max(0, -first[0]), max(0, -first[1])
+    bottom = max(0, last[0] + rows_ - height)
+    right = max(0, last[1] + columns - width)
+    if top or left or bottom or right:
+        values = functional.pad(values, (left, right, top, bottom), value=outside)
+    corner = (starts + torch.tensor([top, left])).tolist()
+    if each is None:
+        return torch.stack([values[:, :, r : r + rows_, c : c + columns] for r, c in corner])
+    across = values.shape[3]
+    begin = (starts[:, 0] + top) * across + starts[:, 1] + left
+    inside = torch.arange(rows_)[:, None] * across + torch.arange(columns)
+    index = (begin[:, None] + inside.flatten()).reshape(len(values), 1, -1).to(values.device)
+    chosen = values.flatten(2).gather(2, index.expand(-1, values.shape[1], -1))
+    chosen = chosen.reshape(len(values), values.shape[1], each, *size)
+    return chosen.transpose(1, 2).flatten(0, 1)[:, None]
+
+
+def inside_map(starts: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor | None:
+    """Return which activations of the windows are on the map, (L, 1, 1, h, w); None if all are."""
+    last = starts.amax(0) + torch.tensor(size)
+    if int(starts.amin()) >= 0 and bool((last <= torch.tensor(shape)).all()):
+        return None
+    on_map = []
+    for axis in (0, 1):
+        place = starts[:, axis, None] + torch.arange(size[axis])
+        on_map.append((place >= 0) & (place < shape[axis]))
+    return (on_map[0][:, :, None] & on_map[1][:, None, :])[:, None, None]
+
+
+def placed(values: Tensor, offsets: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return windows (L, N, C, h, w) inside larger ones of zeros, each at its offset (L, 2).
+
+    What lies beyond the size is cut off.
+    """
+    distinct, which = torch.unique(offsets, dim=0, return_inverse=True)
+    parts = [
+        padded(values if len(distinct) == 1 else values[which == number], (top, left), size)
+        for number, (top, left) in enumerate(distinct.tolist())
+    ]
+    return in_order(parts, which)
+
+
+def padded(values: Tensor, offset: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Return windows (..., h, w) inside ones of zeros of ``size``, cut off where they stick out."""
+    (top, left), (height, width) = offset, size
+    rows_, columns = values.shape[-2:]
+    if not (-rows_ < top < height and -columns < left < width):
+        return values.new_zeros(*values.shape[:-2], height, width)
+    around = (left, width - left - columns, top, height - top - rows_)
+    return functional.pad(values, around)
+
+
+def in_order(parts: list[Tensor], which: Tensor) -> Tensor:
+    """Join parts of L windows, where ``which`` (L,) says in which part each is."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts)[which.argsort(stable=True).argsort()]
