@@ -8,9 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from patchproof.bounds.propagation import BoundedNetwork, PatchBoxes
-from patchproof.results import PatchproofError
 from patchproof.threat.regions import Regions
-
 
 PERCEPTRON = 3
 """The ending of a random network for which there are backward bounds."""
@@ -19,13 +17,16 @@ PERCEPTRON = 3
 class Residual(nn.Module):
     """A convolution around which something else goes."""
 
-    def __init__(self, channels, side, around):
+    def __init__(self, channels, side, around, convolution_first=True):
         super().__init__()
+        self.convolution_first = convolution_first
         self.convolution = nn.Conv2d(channels, channels, side, padding=side // 2)
         self.around = around
 
     def forward(self, images):
-        return self.convolution(images) + self.around(images)
+        if self.convolution_first:
+            return self.convolution(images) + self.around(images)
+        return self.around(images) + self.convolution(images)
 
 
 def pair(draw, low, high):
@@ -51,7 +52,9 @@ def random_layer(draw, channels):
             )
         case 3:
             around = [nn.Identity(), nn.MaxPool2d(3, 1, 1), nn.Conv2d(channels, channels, 1)]
-            return Residual(channels, draw.choice([1, 3, 5]), draw.choice(around))
+            return Residual(
+                channels, draw.choice([1, 3, 5]), draw.choice(around), draw.random() < 0.5
+            )
         case 4:
             return nn.MaxPool2d(kernel, draw.choice([None, 1, 2, 3]), half, draw.randint(1, 2))
         case 5:
@@ -215,17 +218,14 @@ def bounded(seed, ending=None):
 @pytest.mark.parametrize("seed", range(24))
 def test_bounds_are_those_of_interval_arithmetic_and_a_little_less(seed):
     with torch.no_grad():
-        try:
-            model, network, images, labels, draw = bounded(seed)
-        except PatchproofError:  # a pooled cell that holds nothing but padding is infinite
-            return
+        model, network, images, labels, draw = bounded(seed)
         regions = random_regions(draw, *images.shape[2:])
         expected = expected_margins(model, images, labels, regions)
         budget = 10 ** draw.choice([7, 8])
         found = network.lowest_margins(images, labels, regions, memory_budget=budget).double()
         slack = expected - found
-        assert ((slack >= 0) | found.isnan()).all()
-        assert ((slack <= 0.01 * (1 + expected.abs())) | found.isnan()).all()
+        assert (slack >= 0).all()
+        assert (slack <= 0.01 * (1 + expected.abs())).all()
         holds = found > 0
         for screen, stop in ((2, False), (3, True), (1, True)):
             other = network.lowest_margins(images, labels, regions, screen=screen, stop=stop)
@@ -235,27 +235,36 @@ def test_bounds_are_those_of_interval_arithmetic_and_a_little_less(seed):
                 assert torch.equal(other > 0, holds)
 
 
+def test_padding_is_lower_than_any_value_to_a_maximum():
+    torch.manual_seed(0)
+    convolution = nn.Conv2d(1, 2, 3, padding=1)
+    with torch.no_grad():
+        convolution.bias.fill_(-5)
+        pool = nn.MaxPool2d((3, 2), (1, 2), (1, 1))
+        model = nn.Sequential(convolution, pool, nn.Flatten(), nn.Linear(36, 3)).eval()
+        images, labels = torch.rand(2, 1, 6, 5), torch.tensor([0, 1])
+        regions = random_regions(random.Random(1), 6, 5)
+        expected = expected_margins(model, images, labels, regions)
+        found = BoundedNetwork(model, (1, 6, 5)).lowest_margins(images, labels, regions).double()
+    assert (found <= expected).all()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("seed", range(15))
 def test_backward_bounds_are_no_looser_and_sound(seed):
     with torch.no_grad():
-        try:
-            model, network, images, labels, draw = bounded(seed, PERCEPTRON)
-        except PatchproofError:
-            return
+        model, network, images, labels, draw = bounded(seed, PERCEPTRON)
         regions = random_regions(draw, *images.shape[2:])
         found = network.lowest_margins(images, labels, regions, method="backward").double()
         intervals = network.lowest_margins(images, labels, regions).double()
-        assert ((found >= intervals) | intervals.isnan()).all()
+        assert (found >= intervals).all()
         reached = attacked_margins(model, images, labels, regions)
-        assert ((found <= reached) | found.isnan()).all()
+        assert (found <= reached).all()
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_margins_to_train_on_and_their_gradients_are_those_of_interval_arithmetic(seed):
-    try:
-        model, network, images, labels, draw = bounded(seed)
-    except PatchproofError:
-        return
+    model, network, images, labels, draw = bounded(seed)
     height, width = images.shape[2:]
     high, wide = draw.randint(1, min(4, height)), draw.randint(1, min(4, width))
     each = draw.choice([None, 1, 3])
@@ -278,8 +287,6 @@ def test_margins_to_train_on_and_their_gradients_are_those_of_interval_arithmeti
     expected = plain_margins(
         model, torch.stack(lower), torch.stack(upper), torch.stack(of_boxes)
     ).view_as(found)
-    if not expected.isfinite().all():
-        return
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3)
     weights = torch.randn_like(expected)
     gradients = [
@@ -287,5 +294,6 @@ def test_margins_to_train_on_and_their_gradients_are_those_of_interval_arithmeti
         for margins in (found.double(), expected)
     ]
     for one, other in zip(*gradients, strict=True):
-        if one is not None and other is not None:
+        assert (one is None) == (other is None)
+        if one is not None:
             torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)

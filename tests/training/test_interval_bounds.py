@@ -1,0 +1,206 @@
+"""Certified training: which regions a step looks at, and what it minimises."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from patchproof.bounds import BoundedNetwork
+from patchproof.datasets import load_dataset
+from patchproof.models import ModelSpec, build_model
+from patchproof.results import PatchproofError
+from patchproof.threat import RectanglePatches, SparsePixels, SquarePatch
+from patchproof.training import IntervalBoundsRecipe, train
+from patchproof.training.interval_bounds import margins_at, tiles, worst_groups
+from patchproof.training.recipe import Step
+
+SPEC = ModelSpec("ibp-conv2", 3, 1, (10, 9), {"widths": [2, 3], "hidden": [6]})
+
+
+def recipe(**options):
+    return IntervalBoundsRecipe(threat=SquarePatch(2), **options)
+
+
+def batch(count=6):
+    torch.manual_seed(1)
+    return torch.rand(count, 1, 10, 9), torch.randint(0, 3, (count,))
+
+
+def network():
+    torch.manual_seed(0)
+    return build_model(SPEC)
+
+
+def test_all_regions_give_the_loss_and_gradient_of_the_worst_of_all():
+    images, labels = batch()
+    model = network()
+    loss = recipe(strategy="all").step_loss(Step(model, None, images, labels, None, 1.0))
+    loss.backward()
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    bounded = BoundedNetwork(model, (1, 10, 9))
+    boxes = recipe().boxes((10, 9))
+    margins = bounded.margins(bounded.prepare(images, labels, slack=False), boxes).amin(0)
+    expected = functional.cross_entropy(-margins, labels)
+    expected.backward()
+    assert len(boxes.starts) == 72
+    torch.testing.assert_close(loss, expected)
+    for parameter, gradient in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_guide_that_knows_the_margins_finds_the_worst_regions():
+    images, labels = batch()
+    model = network()
+    settings = recipe(strategy="guided", regions=3)
+    boxes = settings.boxes((10, 9))
+    bounded = BoundedNetwork(model, (1, 10, 9))
+    with torch.no_grad():
+        margins = bounded.margins(bounded.prepare(images, labels, slack=False), boxes)
+    rows, columns = (boxes.starts.amax(0) + 1).tolist()
+    true = margins.permute(1, 2, 0).reshape(6, 3, rows, columns)
+    drawn = settings._guided(1e6 * true.flatten(2))
+    worst = worst_groups(bounded, images, labels, boxes, torch.arange(72)[:, None])
+    others = torch.arange(3) != labels[:, None]  # the margin of the label itself is 0 everywhere
+    assert torch.equal(drawn[others], worst[others])
+
+
+def test_the_error_of_the_guide_is_that_of_the_regions_drawn():
+    images, labels = batch()
+    model = network()
+    settings = recipe(strategy="guided", regions=6)
+    guide = settings.companion(SPEC)
+    boxes = settings.boxes((10, 9))
+    assert guide(images).shape == (6, 3, 9, 8)
+    torch.manual_seed(5)
+    loss = settings.step_loss(Step(model, guide, images, labels, None, 1.0))
+    loss.backward()
+    torch.manual_seed(5)
+    predicted = guide(images).flatten(2)
+    drawn = settings._guided(predicted.detach())
+    assert drawn.shape == (6, 6)
+    bounded = BoundedNetwork(model, (1, 10, 9))
+    margins = margins_at(bounded, images, labels, boxes, drawn[..., None])
+    total = 0.0
+    for image in range(6):
+        for column, place in enumerate(drawn[image].tolist()):
+            top, left = boxes.starts[place].tolist()
+            of_place = guide(images)[image, :, top, left]
+            total = total + (of_place - margins[image, column].detach()).square().mean() / 36
+    expected = functional.cross_entropy(-margins.amin(1), labels) + total
+    torch.testing.assert_close(loss, expected)
+    assert any(parameter.grad.abs().sum() > 0 for parameter in guide.parameters())
+
+
+@pytest.mark.parametrize(("pool", "expected"), [((2,), 20), ((4,), 6), ((2, 2), 6), ((3,), 9)])
+def test_tiles_hold_every_place_and_join_neighbours_first(pool, expected):
+    boxes = recipe().boxes((10, 9))  # 9x8 places
+    groups = tiles(boxes, pool)
+    side = int(torch.tensor(pool).prod())
+    assert groups.shape == (expected, side**2)
+    assert set(groups.flatten().tolist()) == set(range(72))
+    starts = boxes.starts[groups]
+    assert ((starts.amax(1) - starts.amin(1)) < side).all()
+    first = starts[:, : pool[0] ** 2]
+    assert ((first.amax(1) - first.amin(1)) < pool[0]).all()
+
+
+@pytest.mark.parametrize("pool", [(2,), (4,), (2, 2)])
+def test_pooled_training_never_sees_less_than_all_regions(pool):
+    images, labels = batch()
+    model = network()
+    losses = [
+        recipe(strategy="all", pool=some).step_loss(Step(model, None, images, labels, None, 1.0))
+        for some in ((), pool)
+    ]
+    assert losses[1] >= losses[0] - 1e-6
+
+
+def test_at_the_start_the_loss_is_that_of_the_clean_image():
+    images, labels = batch()
+    model = network()
+    clean = functional.cross_entropy(model(images), labels)
+    for strategy in ("all", "random"):
+        loss = recipe(strategy=strategy).step_loss(Step(model, None, images, labels, None, 0.0))
+        torch.testing.assert_close(loss, clean)
+    sparse = IntervalBoundsRecipe(threat=SparsePixels(2))
+    torch.testing.assert_close(
+        sparse.step_loss(Step(model, None, images, labels, None, 0.0)), clean
+    )
+
+
+def test_the_learning_rate_halves_once_the_interval_is_whole():
+    settings = recipe(growth=0.6, halving=0.1)
+    assert [settings.rate(done) for done in (0.0, 0.3, 0.59)] == [1.0, 1.0, 1.0]
+    assert [settings.rate(done) for done in (0.65, 0.75, 0.99)] == [0.5, 0.25, 0.0625]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strategy": "some"}, "expected a strategy"),
+        ({"regions": 0}, "expected regions from 1"),
+        ({"growth": 0.0}, "expected growth above 0"),
+        ({"pool": (2,)}, "expected pool"),
+        ({"precision": "bf16-mixed"}, "expected precision 32-true"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(PatchproofError, match=message):
+        recipe(**options)
+
+
+def test_networks_and_patches_that_do_not_fit_are_refused():
+    with pytest.raises(PatchproofError, match="multiple of the 3 classes"):
+        recipe(strategy="guided", regions=10).check(network(), SPEC)
+    with pytest.raises(PatchproofError, match="patch of one shape"):
+        replace(recipe(), threat=RectanglePatches([(1, 2), (2, 1)])).check(network(), SPEC)
+    perceptron = ModelSpec("ibp-mlp", 3, 1, (10, 9))
+    with pytest.raises(PatchproofError, match="more than 2 fully connected layers"):
+        recipe(strategy="all", pool=(2, 2)).check(build_model(perceptron), perceptron)
+
+
+@pytest.mark.parametrize("strategy", ["random", "guided"])
+def test_a_training_that_was_stopped_goes_on_to_the_same_network(tmp_path, strategy):
+    data = [load_dataset("digits", split).sample(120, 0) for split in ("train", "validation")]
+    spec = ModelSpec("ibp-mlp", 10, 1, (8, 8), {"hidden": [12]})
+    settings = recipe(strategy=strategy, epochs=3, batch_size=40, certified_images=20)
+    train(settings, spec, *data, tmp_path / "whole", device="cpu")
+
+    class Stopped(Exception):
+        pass
+
+    class StopsAfterOneEpoch(IntervalBoundsRecipe):
+        def step_loss(self, step):
+            if step.done > 0.34:
+                raise Stopped
+            return super().step_loss(step)
+
+    stopping = StopsAfterOneEpoch(
+        threat=SquarePatch(2), strategy=strategy, epochs=3, batch_size=40, certified_images=20
+    )
+    with pytest.raises(Stopped):
+        train(stopping, spec, *data, tmp_path / "parts", device="cpu")
+    assert len((tmp_path / "parts" / "log.jsonl").read_text().splitlines()) == 1
+    train(settings, spec, *data, tmp_path / "parts", device="cpu")
+    logs = [
+        [
+            {key: value for key, value in json.loads(line).items() if key != "seconds"}
+            for line in (tmp_path / name / "log.jsonl").read_text().splitlines()
+        ]
+        for name in ("whole", "parts")
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_trained_bounds_certify_more_than_plain_ones(tmp_path):
+    data = [load_dataset("digits", split) for split in ("train", "validation")]
+    spec = ModelSpec("ibp-mlp", 10, 1, (8, 8), {"hidden": [40]})
+    settings = IntervalBoundsRecipe(
+        threat=SquarePatch(1), strategy="random", epochs=10, batch_size=50, learning_rate=3e-3
+    )
+    best = train(settings, spec, *data, tmp_path, device="cpu")
+    assert best["certified_accuracy"] > 0.4
+    assert best["clean_accuracy"] > 0.8
