@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every run behind the tables of this folder. A run that was stopped goes on when called again.
 #   DATA=path/to/parquet/folders docs/results/run.sh NAME
-# NAME: mnist, cifar10, training, threats, location, detection, analyses, imagenette, patchguard or
-# patchguard-analyses.
+# NAME: mnist, cifar10, training, threats, location, detection, analyses, imagenette, patchguard,
+# patchguard-analyses or ibp.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?a folder with mnist, cifar10 and imagenette in Parquet}
@@ -176,5 +176,34 @@ PYTHON
       fields+=(--weights "runs/bagnet-field$field.safetensors")
     done
     $patchproof analyze receptive-fields "${study[@]}" "${fields[@]}" --patches 2,5
+    ;;
+  ibp)
+    # Networks with interval bounds, each against the patch that it was trained for (its file's name
+    # says which), those of 5x5 also against other shapes (Table 5), sparse ones against k pixels.
+    note="CIFAR-10 re-compressed as JPEG by its source: close to, but not, the original pixels"
+    for weights in ${WEIGHTS:-zoo/*-ibp-*.safetensors}; do
+      name=$(basename "$weights" .safetensors)
+      data=${name%%-*} about=()
+      if [ "$data" = cifar10 ]; then about+=(--note "$note"); fi
+      patch=$(echo "$name" | sed -E 's/.*-(sparse([0-9]+)|([0-9]+)x[0-9]+)-.*/\1/; s/sparse/sparse:/; s/x.*//')
+      $patchproof certify --data "$DATA/$data" --weights "$weights" --patch "$patch" --gallery 0 \
+        --defense interval-bounds "${about[@]}" --out "$OUT/ibp-$name"
+    done
+    best=${BEST:-zoo/mnist-ibp-mlp-5x5-random10.safetensors}
+    for shape in 4x7 7x4 3x9 9x3 1x25 25x1 diamond parallelogram; do
+      name=$shape
+      case $shape in
+        diamond | parallelogram) shape=stencil:docs/results/shapes/$shape-25.png ;;
+      esac
+      $patchproof certify --data "$DATA/mnist" --weights "$best" --patch "$shape" --gallery 0 \
+        --defense interval-bounds --out "$OUT/ibp-shapes-$name"
+    done
+    $patchproof certify --data "$DATA/mnist" --weights "$best" --patch 5 --gallery 0 --count 1000 \
+      --defense interval-bounds --defense-option method=backward --out "$OUT/ibp-backward-5x5"
+    python=$(dirname "$patchproof")/python
+    for patch in 5 2; do
+      $python docs/results/ibp_attack.py --data "$DATA/mnist" --patch $patch \
+        zoo/mnist-ibp-*-${patch}x${patch}-*.safetensors
+    done | tee "$OUT/ibp-attacks.jsonl"
     ;;
 esac

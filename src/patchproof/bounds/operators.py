@@ -335,13 +335,26 @@ class Convolution(Affine):
         inputs = values[0, 0].numel()
         outputs = len(self.weight) * size[0] * size[1]
         if inputs * outputs <= _MOST_WASTE * outputs * self.terms * self.groups:
-            units = torch.eye(inputs, dtype=values.dtype, device=values.device)
-            maps = padded(units.reshape(-1, *values.shape[2:]), offset, seen)
-            matrix = self._convolve(maps, None, (0, 0), absolute=absolute).flatten(1)
+            matrix = self._matrix(values, offset, seen, absolute=absolute)
             return (values.flatten(2) @ matrix).reshape(*values.shape[:2], len(self.weight), *size)
         maps = padded(values.flatten(0, 1), offset, seen)
         convolved = self._convolve(maps, None, (0, 0), absolute=absolute)
         return convolved.reshape(*values.shape[:2], *convolved.shape[1:])
+
+    def _matrix(
+        self, values: Tensor, offset: tuple[int, int], seen: tuple[int, int], *, absolute: bool
+    ) -> Tensor:
+        """Return what flattened windows (..., C, h, w) are multiplied by, (C h w, C' h' w')."""
+        shape = values.shape[2:]
+        key = (tuple(shape), offset, seen, absolute)
+        if self.kept is not None and key in self.kept:
+            return self.kept[key]
+        units = torch.eye(shape.numel(), dtype=values.dtype, device=values.device)
+        maps = padded(units.reshape(-1, *shape), offset, seen)
+        matrix = self._convolve(maps, None, (0, 0), absolute=absolute).flatten(1)
+        if self.kept is not None:
+            self.kept[key] = matrix
+        return matrix
 
     def propagate(self, clean: Clean, *inputs: Bounds) -> Bounds:
         """Return bounds on the windows of all outputs that see the input's windows."""
