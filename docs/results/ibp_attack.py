@@ -2,9 +2,10 @@
 
 python docs/results/ibp_attack.py --data DATA/mnist --patch 5 zoo/mnist-ibp-mlp-5x5-*.safetensors
 
-For each image of a sample: projected gradient ascent by signs on the cross-entropy, at the places of
-the lowest bounds and at random ones, from random contents and from black and white ones. Success is
-checked by the deployed predict. Prints one JSON line a network; fails if a certified image is broken.
+For each image of a sample: projected gradient ascent by signs on the cross-entropy, at the places
+of the lowest bounds and at random ones, from random contents and from black and white ones. Success
+is checked by the deployed predict. Prints one JSON line a network; fails if a certified image is
+broken.
 """
 
 from __future__ import annotations

@@ -32,15 +32,15 @@ from patchproof.bounds.windows import (
     placed,
     rows,
     widened,
+    widening,
 )
 
-_MOST_KEPT = 2**26
-"""Columns of weights (float32 values) that are kept from one batch of images to the next."""
-
-_FEW = 2**15
-"""Columns of a window (values) of which many are multiplied in one call."""
-_MOST_WASTE = 8
-"""Multiplications by the matrix of a convolution for each of the convolution, where that pays."""
+_COLUMNS = 2**18
+"""Values of the columns of windows that are multiplied in one call."""
+_FEW = 16
+"""Channels of a convolution up to which its matrix on a window may be quicker."""
+_MOST_WASTE = 4
+"""Multiplications by that matrix for each of the convolution, where it is."""
 
 Bounds = Windows | Everywhere | Centred
 Box = tuple[Tensor, Tensor]
@@ -57,13 +57,20 @@ class Operator(ABC):
 
     kept: dict[Any, Tensor] | None = None
 
-    def _buffer(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return memory that is used again, as fresh pages cost as much as what is put there."""
+    def _buffer(self, name: str, like: Tensor, shape: tuple[int, ...]) -> Tensor | None:
+        """Return memory that is used again, as fresh pages cost as much as what is put there.
+
+        None where nothing is kept: for ``out=``, that is fresh memory.
+        """
         if self.kept is None:
-            return like.new_empty(shape)
+            return None
         if name not in self.kept or self.kept[name].shape != shape:
             self.kept[name] = like.new_empty(shape)
         return self.kept[name]
+
+    def _scaled(self, values: Tensor, factor: Tensor | float) -> Tensor:
+        """Return own results times a factor, in their own memory where there are no gradients."""
+        return values * factor if self.kept is None else values.mul_(factor)
 
     @abstractmethod
     def clean(self, *inputs: Clean) -> Clean:
@@ -127,7 +134,7 @@ class Affine(Operator):
         """Return bounds of all outputs, widened by what rounding can do."""
         if clean.error is None:
             return Centred(clean, centre, radius, None, each)
-        radius = widened(radius, self.terms)
+        radius = self._scaled(radius, widening(self.terms))
         return Centred(clean, centre, radius, rows(clean.error, each), each)
 
 
@@ -170,44 +177,49 @@ class Linear(Affine):
         """
         shape = given.clean.value.shape[1:]
         shift, radius = given.shift.flatten(2), given.radius.flatten(2)
-        value = rows(clean.value, given.each)
-        if self.kept is not None and given.each is None:
-            centre, spread = self._by_regions(clean.value, shape, given, self.kept)
-        elif given.each is None:
-            columns = weight_columns(self.weight, shape, given.starts, given.size)
-            centre = torch.baddbmm(value.expand(len(shift), -1, -1), shift, columns)
-            spread = torch.bmm(radius, columns.abs())
+        if given.each is None:
+            return self._by_regions(clean.value, shape, given)
+        distinct, which = torch.unique(given.starts, dim=0, return_inverse=True)
+        if len(distinct) * 4 > len(given.starts):
+            moved, spread = _by_bags(self.weight, shape, given)
         else:
-            distinct, which = torch.unique(given.starts, dim=0, return_inverse=True)
-            if len(distinct) * 4 > len(given.starts):
-                moved, spread = _by_bags(self.weight, shape, given)
-            else:
-                columns = weight_columns(self.weight, shape, distinct, given.size)
-                moved, spread = _by_groups(columns, which, shift, radius)
-            centre = value + moved
-        return centre, spread
+            columns = weight_columns(self.weight, shape, distinct, given.size)
+            moved, spread = _by_groups(columns, which, shift, radius)
+        return rows(clean.value, given.each) + moved, spread
 
     def _by_regions(
-        self, value: Tensor, shape: torch.Size, given: Windows, kept: dict[Any, Tensor]
+        self, value: Tensor, shape: torch.Size, given: Windows
     ) -> tuple[Tensor, Tensor]:
-        """Multiply windows by columns that are kept."""
+        """Multiply windows that all images have."""
         shift, radius = given.shift.flatten(2), given.radius.flatten(2)
-        centre = self._buffer("centre", shift, (len(shift), *value.shape))
-        spread = self._buffer("spread", shift, (len(shift), radius.shape[1], value.shape[1]))
-        together = shift.shape[2] * value.shape[1] <= _FEW
-        step = len(shift) if together else 1
-        for begin in range(0, len(shift), step):
-            of = slice(begin, begin + step)
-            places = given.starts[of]
-            key = (tuple(places.flatten().tolist()), given.size)
-            if key not in kept:
-                if sum(columns.numel() for columns in kept.values()) > _MOST_KEPT:
-                    kept.clear()
-                kept[key] = weight_columns(self.weight, shape, places, given.size)
-                kept[*key, "magnitudes"] = kept[key].abs()
-            torch.baddbmm(value.expand(len(places), -1, -1), shift[of], kept[key], out=centre[of])
-            torch.bmm(radius[of], kept[*key, "magnitudes"], out=spread[of])
+        count, outputs = value.shape
+        table = self._table()
+        places = weight_places(shape, given.starts, given.size).to(value.device)
+        centre = self._buffer("centre", shift, (len(shift), count, outputs))
+        spread = self._buffer("spread", shift, (len(shift), radius.shape[1], outputs))
+        if centre is None or spread is None:
+            columns = functional.embedding(places, table)
+            centre = torch.baddbmm(value.expand(len(shift), -1, -1), shift, columns)
+            return centre, torch.bmm(radius, columns.abs())
+        at_once = max(1, _COLUMNS // (places.shape[1] * outputs))
+        for of in torch.split(torch.arange(len(shift)), at_once):
+            part = slice(int(of[0]), int(of[-1]) + 1)
+            size = (len(of) * places.shape[1], outputs)
+            columns = torch.index_select(
+                table, 0, places[part].flatten(), out=self._buffer("columns", table, size)
+            )
+            columns = columns.reshape(len(of), -1, outputs)
+            torch.baddbmm(value.expand(len(of), -1, -1), shift[part], columns, out=centre[part])
+            torch.bmm(radius[part], columns.abs_(), out=spread[part])
         return centre, spread
+
+    def _table(self) -> Tensor:
+        """Return the weights by feature, and zeros after the last, (features + 1, outputs)."""
+        if self.kept is None:
+            return functional.pad(self.weight.T, (0, 0, 0, 1))
+        if "table" not in self.kept:
+            self.kept["table"] = functional.pad(self.weight.T, (0, 0, 0, 1)).contiguous()
+        return self.kept["table"]
 
 
 def weight_columns(
@@ -221,18 +233,18 @@ def weight_columns(
         starts: (L, 2) of the windows.
         size: (h, w) of the windows.
     """
-    first = starts.amin(0).clamp(min=0).tolist()
-    last = (starts.amax(0) + torch.tensor(size)).tolist()
-    table = weight.reshape(len(weight), *shape)[:, :, first[0] : last[0], first[1] : last[1]]
-    table = table.permute(1, 2, 3, 0)  # (C, H, W, outputs): the rows of a window lie together
-    top, left = (max(0, -int(start)) for start in starts.amin(0))
-    bottom, right = (max(0, last[axis] - shape[1 + axis]) for axis in (0, 1))
-    table = functional.pad(table, (0, 0, left, right, top, bottom)).contiguous()
-    windows = [
-        table[:, row : row + size[0], column : column + size[1]]
-        for row, column in (starts - starts.amin(0)).tolist()
-    ]
-    return torch.stack(windows).flatten(1, 3)
+    places = weight_places(shape, starts, size).to(weight.device)
+    return functional.embedding(places, functional.pad(weight.T, (0, 0, 0, 1)))
+
+
+def weight_places(shape: torch.Size, starts: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return which features of maps (C, H, W) windows are on, (L, C h w); C H W outside."""
+    channels, height, width = shape
+    row, column = (starts[:, axis, None] + torch.arange(length) for axis, length in enumerate(size))
+    on_map = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None]
+    place = (row[:, :, None] * width + column[:, None]).flatten(1)
+    place = place[:, None] + torch.arange(channels)[:, None] * (height * width)
+    return place.where(on_map.flatten(1)[:, None], channels * height * width).flatten(1)
 
 
 def _by_groups(
@@ -332,14 +344,15 @@ class Convolution(Affine):
         Windows are hardly larger than the kernel, so that nearly every output sees nearly every
         input: where few channels make the matrix of the convolution small, it is multiplied.
         """
-        inputs = values[0, 0].numel()
-        outputs = len(self.weight) * size[0] * size[1]
-        if inputs * outputs <= _MOST_WASTE * outputs * self.terms * self.groups:
+        shape = (*values.shape[:2], len(self.weight), *size)
+        few = max(values.shape[2], len(self.weight)) <= _FEW
+        if few and values[0, 0].numel() <= _MOST_WASTE * self.terms * self.groups:
             matrix = self._matrix(values, offset, seen, absolute=absolute)
-            return (values.flatten(2) @ matrix).reshape(*values.shape[:2], len(self.weight), *size)
+            flat = values.flatten(2).flatten(0, 1)
+            out = self._buffer(f"{absolute} {offset}", values, (len(flat), matrix.shape[1]))
+            return torch.mm(flat, matrix, out=out).reshape(shape)
         maps = padded(values.flatten(0, 1), offset, seen)
-        convolved = self._convolve(maps, None, (0, 0), absolute=absolute)
-        return convolved.reshape(*values.shape[:2], *convolved.shape[1:])
+        return self._convolve(maps, None, (0, 0), absolute=absolute).reshape(shape)
 
     def _matrix(
         self, values: Tensor, offset: tuple[int, int], seen: tuple[int, int], *, absolute: bool
@@ -378,11 +391,11 @@ class Convolution(Affine):
                 part.append(self._on_window(chosen, (top, left), needed, size, absolute=absolute))
         shift, radius = (in_order(part, which) for part in parts)
         if clean.error is not None:
-            radius = widened(radius, self.terms)
+            radius = self._scaled(radius, widening(self.terms))
         on_map = inside_map(first, size, shape)
         if on_map is not None:
             on_map = on_map.to(shift.device)
-            shift, radius = shift * on_map, radius * on_map
+            shift, radius = self._scaled(shift, on_map), self._scaled(radius, on_map)
         return Windows(clean, shift, radius, first, given.each)
 
 
@@ -510,6 +523,29 @@ class Monotone(Operator):
             lower, upper = lower.sub_(given.error), upper.add_(given.error)
         return lower.relu_(), upper.relu_()
 
+    def _of_windows(self, given: Windows, slack: bool) -> tuple[Tensor, Tensor]:
+        """Return shift and radius of the activations of what an affine layer gives."""
+        error = given.clean.error
+        if not self.is_relu or self.kept is None:
+            before = given.cut(given.clean.value)
+            radius = given.radius if error is None else given.radius + given.cut(error)
+            centre = before + given.shift
+            lower = self._outward(centre - radius, -slack)
+            upper = self._outward(centre + radius, slack)
+            return (lower + upper) / 2 - self._function(before), (upper - lower) / 2
+        shape = tuple(given.shift.shape)
+        before, lower, upper, radius = (
+            self._buffer(name, given.shift, shape) for name in ("before", "low", "high", "radius")
+        )
+        before = given.cut(given.clean.value, out=before)
+        most = 0.0 if error is None else rows(error.amax((2, 3), keepdim=True), given.each)
+        radius = torch.add(given.radius, most, out=radius)
+        upper = torch.add(before, given.shift, out=upper)
+        lower = torch.sub(upper, radius, out=lower).relu_()
+        upper = upper.add_(radius).relu_()
+        radius = torch.sub(upper, lower, out=radius).mul_(0.5)
+        return lower.add_(radius).sub_(before.relu_()), radius
+
     def _outward(self, values: Tensor, sign: int) -> Tensor:
         """Apply the function, and move what it rounds up (1), down (-1) or not at all."""
         moved = self._function(values)
@@ -531,22 +567,14 @@ class Monotone(Operator):
         if isinstance(given, Everywhere):
             lower, upper = self._outward(given.lower, -slack), self._outward(given.upper, slack)
             return Everywhere(clean, lower, upper, given.each)
-        before = given.cut(given.clean.value)
-        radius = given.radius
-        if given.clean.error is not None:
-            radius = radius + given.cut(given.clean.error)
-        centre = before + given.shift
-        lower = self._outward(centre - radius, -slack)
-        upper = self._outward(centre + radius, slack)
-        shift = (lower + upper) / 2 - self._function(before)
-        radius = (upper - lower) / 2
+        shift, radius = self._of_windows(given, slack)
         size = given.size
         on_map = inside_map(
             given.starts, size, (given.clean.value.shape[2], given.clean.value.shape[3])
         )
         if on_map is not None:
             on_map = on_map.to(shift.device)
-            shift, radius = shift * on_map, radius * on_map
+            shift, radius = self._scaled(shift, on_map), self._scaled(radius, on_map)
         return Windows(clean, shift, radius, given.starts, given.each)
 
 

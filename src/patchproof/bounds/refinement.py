@@ -116,7 +116,7 @@ def _some(
             radius = radius + given.cut(given.clean.error)[regions, images].flatten(1).double()
         centre, spread = before + shift, radius * (1 + 2**-20)
         bias = bias - torch.bmm(columns, before[:, :, None])[:, :, 0]
-        layer = AffineLayer(columns, bias, magnitude, first.weight.shape[1])
+        layer = AffineLayer(columns, bias, magnitude, max(first.weight.shape[1], columns.shape[2]))
         lower, upper = centre - spread, centre + spread
     else:
         lower, upper = (bound[regions, images].double() for bound in (given.lower, given.upper))

@@ -40,9 +40,14 @@ def gamma(terms: int) -> float:
     return (terms + 16) * HALF_ULP
 
 
+def widening(terms: int) -> float:
+    """Return the factor of radii that also hold the rounding of a dot product of so many terms."""
+    return 1 + 6 * gamma(terms)
+
+
 def widened(radius: Tensor, terms: int) -> Tensor:
     """Return radii that also hold the rounding of a dot product of so many terms."""
-    return radius * (1 + 6 * gamma(terms))
+    return radius * widening(terms)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,9 +89,9 @@ class Windows:
         """Return (h, w) of the windows."""
         return self.shift.shape[3], self.shift.shape[4]
 
-    def cut(self, values: Tensor, outside: float = 0.0) -> Tensor:
+    def cut(self, values: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the windows of values (N, C, H, W), (L, N, C, h, w)."""
-        return cut(values, self.starts, self.size, self.each, outside)
+        return cut(values, self.starts, self.size, self.each, out=out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +155,7 @@ def cut(
     size: tuple[int, int],
     each: int | None = None,
     outside: float = 0.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Return windows of maps.
 
@@ -159,6 +165,7 @@ def cut(
         size: (h, w) of the windows.
         each: windows of each map, in the order of the maps; None to cut all from all.
         outside: the value outside of the map.
+        out: memory for the result, where there are no gradients.
 
     Returns:
         (L, N, C, h, w), or (L, 1, C, h, w) with ``each``.
@@ -170,13 +177,21 @@ def cut(
     right = max(0, last[1] + columns - width)
     if top or left or bottom or right:
         values = functional.pad(values, (left, right, top, bottom), value=outside)
-    corner = (starts + torch.tensor([top, left])).tolist()
-    if each is None:
-        return torch.stack([values[:, :, r : r + rows_, c : c + columns] for r, c in corner])
-    across = values.shape[3]
-    begin = (starts[:, 0] + top) * across + starts[:, 1] + left
-    inside = torch.arange(rows_)[:, None] * across + torch.arange(columns)
-    index = (begin[:, None] + inside.flatten()).reshape(len(values), 1, -1).to(values.device)
+    corners = starts + torch.tensor([top, left])
+    if each is None and not (torch.is_grad_enabled() and values.requires_grad):
+        if out is None:
+            out = values.new_empty(len(starts), *values.shape[:2], *size)
+        for window, (row, column) in zip(out, corners.tolist(), strict=True):
+            window.copy_(values[:, :, row : row + rows_, column : column + columns])
+        return out
+    inside = torch.arange(rows_)[:, None] * values.shape[3] + torch.arange(columns)
+    index = corners @ torch.tensor([values.shape[3], 1])
+    index = (index[:, None] + inside.flatten()).to(values.device)  # (L, h w)
+    if each is None:  # by rows of a table, whose gradient is one table for all windows
+        table = values.permute(2, 3, 0, 1).reshape(-1, values.shape[0] * values.shape[1])
+        chosen = functional.embedding(index, table).transpose(1, 2)
+        return chosen.reshape(len(starts), *values.shape[:2], *size)
+    index = index.reshape(len(values), 1, -1)
     chosen = values.flatten(2).gather(2, index.expand(-1, values.shape[1], -1))
     chosen = chosen.reshape(len(values), values.shape[1], each, *size)
     return chosen.transpose(1, 2).flatten(0, 1)[:, None]
