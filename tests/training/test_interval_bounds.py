@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
 from patchproof.bounds import BoundedNetwork
@@ -157,6 +158,9 @@ def test_networks_and_patches_that_do_not_fit_are_refused():
         recipe(strategy="guided", regions=10).check(network(), SPEC)
     with pytest.raises(PatchproofError, match="patch of one shape"):
         replace(recipe(), threat=RectanglePatches([(1, 2), (2, 1)])).check(network(), SPEC)
+    for layer in (nn.BatchNorm2d(1), nn.Dropout()):
+        with pytest.raises(PatchproofError, match="without batch normalisation and dropout"):
+            recipe().check(nn.Sequential(layer, network()).eval(), SPEC)
     perceptron = ModelSpec("ibp-mlp", 3, 1, (10, 9))
     with pytest.raises(PatchproofError, match="more than 2 fully connected layers"):
         recipe(strategy="all", pool=(2, 2)).check(build_model(perceptron), perceptron)

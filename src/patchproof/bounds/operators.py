@@ -516,9 +516,9 @@ class Monotone(Operator):
         """Return the bounds of the activations of what an affine layer gives."""
         if not self.is_relu or self.kept is None:
             return self._outward(given.lower, -slack), self._outward(given.upper, slack)
-        shape = tuple(given.centre.shape)
-        lower = torch.sub(given.centre, given.radius, out=self._buffer("low", given.centre, shape))
-        upper = torch.add(given.centre, given.radius, out=self._buffer("high", given.centre, shape))
+        buffer = partial(self._buffer, like=given.centre, shape=tuple(given.centre.shape))
+        lower = torch.sub(given.centre, given.radius, out=buffer("low"))
+        upper = torch.add(given.centre, given.radius, out=buffer("high"))
         if given.error is not None:
             lower, upper = lower.sub_(given.error), upper.add_(given.error)
         return lower.relu_(), upper.relu_()
@@ -533,15 +533,12 @@ class Monotone(Operator):
             lower = self._outward(centre - radius, -slack)
             upper = self._outward(centre + radius, slack)
             return (lower + upper) / 2 - self._function(before), (upper - lower) / 2
-        shape = tuple(given.shift.shape)
-        before, lower, upper, radius = (
-            self._buffer(name, given.shift, shape) for name in ("before", "low", "high", "radius")
-        )
-        before = given.cut(given.clean.value, out=before)
+        buffer = partial(self._buffer, like=given.shift, shape=tuple(given.shift.shape))
+        before = given.cut(given.clean.value, out=buffer("before"))
         most = 0.0 if error is None else rows(error.amax((2, 3), keepdim=True), given.each)
-        radius = torch.add(given.radius, most, out=radius)
-        upper = torch.add(before, given.shift, out=upper)
-        lower = torch.sub(upper, radius, out=lower).relu_()
+        radius = torch.add(given.radius, most, out=buffer("radius"))
+        upper = torch.add(before, given.shift, out=buffer("high"))
+        lower = torch.sub(upper, radius, out=buffer("low")).relu_()
         upper = upper.add_(radius).relu_()
         radius = torch.sub(upper, lower, out=radius).mul_(0.5)
         return lower.add_(radius).sub_(before.relu_()), radius

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from patchproof.bounds.boxes import PatchBoxes, patch_boxes, pixel_bounds
 from patchproof.bounds.graph import trace
 from patchproof.bounds.margins import MergedLayer, merge
 from patchproof.bounds.operators import (
@@ -19,22 +20,20 @@ from patchproof.bounds.operators import (
     Convolution,
     Flatten,
     Linear,
-    MaximumPool,
     Monotone,
     Scale,
     flattened,
     pooled,
 )
-from patchproof.bounds.refinement import backward_lowest, perceptron
+from patchproof.bounds.refinement import perceptron
+from patchproof.bounds.search import Method, Search
 from patchproof.bounds.sparse import sparse_bounds
 from patchproof.bounds.windows import (
     MOST_TERMS,
     Clean,
     Everywhere,
     Windows,
-    cut,
     gamma,
-    inside_map,
     rows,
 )
 from patchproof.precision import direct_inference
@@ -43,75 +42,10 @@ from patchproof.results import PatchproofError
 if TYPE_CHECKING:
     from patchproof.threat.regions import Regions
 
-Method = Literal["interval", "backward"]
-
 _LARGEST = 1e37
 """Sums up to which float32 has numbers, with some to spare."""
-_TENSORS = 8
-"""Tensors as large as a layer's bounds that are alive at once."""
-_CACHE = 2**21
-"""Bytes of one such tensor beyond which the processor's caches help less."""
-_REGIONS = 4
-"""Regions that are bounded together at least, where memory allows."""
 _SPARSE_IMAGES = 100
 """Images whose first layer is bounded together against sparse attacks."""
-_WORTH_LEAVING = 0.75
-"""Share of images that still hold below which the others are left out of the batch."""
-
-
-@dataclass(frozen=True, eq=False)
-class PatchBoxes:
-    """What L patches of one size may show: any values within ``epsilon`` of the image's, in [0, 1].
-
-    Attributes:
-        starts: (L, 2) int64, top row and left column of each.
-        size: (h, w) in pixels.
-        each: how many belong to each image, in the order of the images; None if all to all.
-        shape: (L, h, w) bool, which pixels of the window belong to the patch; None for all.
-        epsilon: 1 for any content; less while training warms up.
-        joined: how many regions, one after the other, are bounded as one from the first layer on,
-            how many of these from the second on, and so forth (Appendix A.3).
-    """
-
-    starts: Tensor
-    size: tuple[int, int]
-    each: int | None = None
-    shape: Tensor | None = None
-    epsilon: float = 1.0
-    joined: tuple[int, ...] = ()
-
-    def choose(self, chosen: Tensor) -> PatchBoxes:
-        """Return some of the patches, by (n,) indices, for all images."""
-        return replace(
-            self,
-            starts=self.starts[chosen],
-            shape=None if self.shape is None else self.shape[chosen],
-        )
-
-
-def patch_boxes(regions: Regions) -> list[tuple[Tensor, PatchBoxes]]:
-    """Return patch regions by the size of the box around them: their indices, and the boxes."""
-    parts = regions.parts
-    used = parts[..., 2] > 0
-    huge = torch.iinfo(torch.int64).max
-    first = torch.where(used[..., None], parts[..., :2], huge).amin(1)
-    end = torch.where(used[..., None], parts[..., :2] + parts[..., 2:], 0).amax(1)
-    sizes, which = torch.unique(end - first, dim=0, return_inverse=True)
-    found = []
-    for number, (height, width) in enumerate(sizes.tolist()):
-        places = (which == number).nonzero().squeeze(1)
-        shape = torch.zeros(len(places), height, width, dtype=torch.bool)
-        rows_, columns = torch.arange(height)[:, None], torch.arange(width)
-        for box in (parts[places] - torch.cat([first, 0 * first], 1)[places, None]).unbind(1):
-            top, left, high, wide = (box[:, axis, None, None] for axis in range(4))
-            shape |= (
-                (rows_ >= top) & (rows_ < top + high) & (columns >= left) & (columns < left + wide)
-            )
-        boxes = PatchBoxes(
-            first[places], (height, width), shape=None if bool(shape.all()) else shape
-        )
-        found.append((places, boxes))
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,16 +70,6 @@ class Prepared:
         }
         merged = None if self.merged is None else self.merged.choose(chosen)
         return Prepared(clean, self.labels[chosen], merged)
-
-
-@dataclass(frozen=True)
-class _Search:
-    """How ``lowest_margins`` looks for them."""
-
-    method: Method
-    stop: bool
-    screen: int
-    memory_budget: int
 
 
 class BoundedNetwork:
@@ -179,7 +103,7 @@ class BoundedNetwork:
                 raise PatchproofError(
                     f"bounds: expected float32 weights, got {value.dtype}: {name}"
                 )
-        with direct_inference(self._device):
+        with direct_inference(self.device):
             self.steps = trace(self.model, self.image_shape)
             self._check_clean()
             self._check_sums()
@@ -187,7 +111,7 @@ class BoundedNetwork:
     def _check_clean(self) -> None:
         """Raise unless the operators compute what the model does."""
         generator = torch.Generator().manual_seed(0)
-        images = torch.rand(4, *self.image_shape, generator=generator).to(self._device)
+        images = torch.rand(4, *self.image_shape, generator=generator).to(self.device)
         expected, got = self.model(images.clone()), self._clean(images)
         if expected.ndim != 2 or not torch.allclose(
             got, expected, rtol=1e-3, atol=1e-4, equal_nan=True
@@ -200,7 +124,7 @@ class BoundedNetwork:
 
     def _check_sums(self) -> None:
         """Raise if some sum of the network, on any image, may overflow or be too long."""
-        ends = [torch.full((1, *self.image_shape), end, device=self._device) for end in (0.0, 1.0)]
+        ends = [torch.full((1, *self.image_shape), end, device=self.device) for end in (0.0, 1.0)]
         values: dict[int, Box] = {-1: (ends[0], ends[1])}
         for number, step in enumerate(self.steps):
             inputs = [values[place] for place in step.inputs]
@@ -237,7 +161,8 @@ class BoundedNetwork:
             )
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the network is."""
         held = next(self.model.parameters(), None)
         return torch.device("cpu") if held is None else held.device
 
@@ -281,18 +206,18 @@ class BoundedNetwork:
             (L, N, classes), or (L, 1, classes) where each patch is on one image; of the label
             itself 0, or a little less with slack.
         """
-        values: dict[int, Bounds] = {-1: _pixels(prepared.clean[-1], boxes)}
-        return self._margins(prepared, values, 0, boxes.joined)
+        values: dict[int, Bounds] = {-1: pixel_bounds(prepared.clean[-1], boxes)}
+        return self.margins_from(prepared, values, 0, boxes.joined)
 
-    def _margins(
+    def margins_from(
         self,
         prepared: Prepared,
         values: dict[int, Bounds],
-        begin: int,
+        begin: int = 0,
         joined: tuple[int, ...] = (),
     ) -> Tensor:
         """Return lower bounds of the margins, given the bounds before step ``begin``."""
-        values = self._values(prepared, values, begin, joined)
+        values = self.bounds(prepared, values, begin, joined)
         final = self.steps[-1]
         given = values[len(self.steps) - 1 if prepared.merged is None else final.inputs[0]]
         if isinstance(given, Windows):
@@ -351,9 +276,7 @@ class BoundedNetwork:
         if method == "backward":
             perceptron(self.steps)
         with direct_inference(images.device), self.keeping():
-            self._fill(
-                lowest, images, labels, regions, _Search(method, stop, screen, memory_budget)
-            )
+            Search(self, method, stop, screen, memory_budget).fill(lowest, images, labels, regions)
         return lowest
 
     @contextmanager
@@ -372,123 +295,6 @@ class BoundedNetwork:
         finally:
             for operator in operators:
                 operator.kept = None
-
-    def _fill(
-        self,
-        lowest: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        regions: Regions,
-        search: _Search,
-    ) -> None:
-        """Enter the lowest margins (N, R) of each region."""
-        for places, boxes in patch_boxes(regions):
-            at_once = self._at_once(boxes, search.memory_budget)
-            groups = self._groups(boxes, search.screen)
-            for batch in _split(torch.arange(len(images)), max(1, at_once // _REGIONS)):
-                prepared = self.prepare(images[batch], labels[batch], slack=True)
-                for members, union in groups:
-                    for chunk in _split(torch.arange(len(members)), max(1, at_once // len(batch))):
-                        if search.stop:
-                            keep = ~(lowest[batch] <= 0).any(1)
-                            if not keep.any():
-                                break
-                            if keep.float().mean() < _WORTH_LEAVING:
-                                batch = batch[keep]
-                                prepared = prepared.choose(keep)
-                        found = self._lowest(prepared, union.choose(chunk), search.method)
-                        if members.shape[1] > 1:
-                            found = self._refine(
-                                prepared, boxes, members[chunk], found, at_once, search.method
-                            )
-                        for column in range(members.shape[1]):
-                            here = members[chunk, column]
-                            lowest[batch[:, None], places[here]] = found[:, :, column].T
-
-    def _lowest(self, prepared: Prepared, boxes: PatchBoxes, method: Method) -> Tensor:
-        """Return the lowest margins (L, N, 1)."""
-        values: dict[int, Bounds] = {-1: _pixels(prepared.clean[-1], boxes)}
-        margins = self._margins(prepared, values, 0)
-        own = prepared.labels[None, :, None].expand(len(margins), -1, 1)
-        lowest = margins.scatter(2, own, torch.inf).amin(2)
-        if method == "backward":
-            regions, images = (~(lowest > 0)).nonzero().unbind(1)
-            if len(regions):
-                refined = backward_lowest(
-                    self.steps, prepared.clean, values, prepared.labels, regions, images
-                )
-                lowest[regions, images] = torch.maximum(lowest[regions, images], refined)
-        return lowest[:, :, None]
-
-    def _refine(
-        self,
-        prepared: Prepared,
-        boxes: PatchBoxes,
-        members: Tensor,
-        found: Tensor,
-        at_once: int,
-        method: Method,
-    ) -> Tensor:
-        """Bound the places of groups one by one, for the images that lose the group.
-
-        Args:
-            prepared: N images.
-            boxes: all places.
-            members: (G, M) int64, the places of each group.
-            found: (G, N, 1), the lowest margins of the groups.
-            at_once: pairs of an image and a place to bound together.
-            method: which bounds.
-
-        Returns:
-            (G, N, M), lower bounds of the margins of each place.
-        """
-        found = found.expand(-1, -1, members.shape[1]).clone()
-        for group, places in enumerate(members):
-            open_images = (~(found[group, :, 0] > 0)).nonzero().squeeze(1)
-            for some in _split(open_images, max(1, at_once // len(places))):
-                each = self._lowest(prepared.choose(some), boxes.choose(places), method)
-                found[group, some] = each[:, :, 0].T
-        return found
-
-    def _groups(self, boxes: PatchBoxes, screen: int) -> list[tuple[Tensor, PatchBoxes]]:
-        """Return groups of adjacent places, (G, M) int64, and the box around each group.
-
-        Those on equal phases of all strides together, as their windows have the same size; and from
-        the middle outward, where patches win most often. Without screening, each place is a group.
-        """
-        step = torch.ones(2, dtype=torch.int64)
-        for operator in (step_.operator for step_ in self.steps):
-            if isinstance(operator, Convolution | MaximumPool):
-                step *= torch.tensor(operator.stride)
-        starts = boxes.starts
-        alone = torch.arange(len(starts))[:, None]
-        groups = [(alone, boxes)]
-        if screen > 1 and boxes.shape is None:
-            tile = (starts - starts.amin(0)).div(screen, rounding_mode="floor")
-            _, which, counts = torch.unique(tile, dim=0, return_inverse=True, return_counts=True)
-            whole = counts == screen**2
-            members = torch.split(which.argsort(stable=True), counts.tolist())
-            full = [
-                member for member, is_whole in zip(members, whole.tolist(), strict=True) if is_whole
-            ]
-            if full:
-                joined = torch.stack(full)
-                height, width = boxes.size
-                union = PatchBoxes(
-                    starts[joined].amin(1), (height + screen - 1, width + screen - 1)
-                )
-                left = alone[~whole[which]]
-                groups = [(joined, union)]
-                if len(left):
-                    groups.append((left, boxes.choose(left[:, 0])))
-        ordered = []
-        for places, union in groups:
-            phase = (union.starts % step) @ torch.tensor([int(step[1]), 1])
-            middle = starts.float().mean(0)
-            outward = ((union.starts - middle) ** 2).sum(1).argsort(stable=True)
-            order = outward[phase[outward].argsort(stable=True)]
-            ordered.append((places[order], union.choose(order)))
-        return ordered
 
     def sparse_margins(self, images: Tensor, labels: Tensor, pixels: int) -> Tensor:
         """Return how far each image's label provably leads whatever few pixels change.
@@ -512,7 +318,7 @@ class BoundedNetwork:
         self._check_images(images, labels)
         lowest = []
         with direct_inference(images.device):
-            for batch in _split(torch.arange(len(images)), _SPARSE_IMAGES):
+            for batch in torch.split(torch.arange(len(images)), _SPARSE_IMAGES):
                 prepared = self.prepare(images[batch], labels[batch], slack=True)
                 margins = self.margins_of_sparse(prepared, pixels)
                 lowest.append(margins.scatter(1, labels[batch][:, None], torch.inf).amin(1))
@@ -581,7 +387,7 @@ class BoundedNetwork:
             (value + share * (upper - value))[None],
             None,
         )
-        return self._margins(prepared, {place: start}, place + 1)[0]
+        return self.margins_from(prepared, {place: start}, place + 1)[0]
 
     def plain_margins(
         self, images: Tensor, labels: Tensor, regions: Regions, *, images_at_once: int = 100
@@ -608,7 +414,7 @@ class BoundedNetwork:
                 inside[top : top + height, left : left + width] = (
                     True if boxes.shape is None else boxes.shape[number]
                 )
-                for chunk in _split(torch.arange(len(images)), images_at_once):
+                for chunk in torch.split(torch.arange(len(images)), images_at_once):
                     box = (
                         images[chunk].masked_fill(inside, 0.0),
                         images[chunk].masked_fill(inside, 1.0),
@@ -639,27 +445,7 @@ class BoundedNetwork:
             - torch.bmm(difference.abs(), radius[:, :, None])
         )[:, :, 0] + term
 
-    def _at_once(self, boxes: PatchBoxes, memory_budget: int) -> int:
-        """Return how many pairs of an image and a region to bound together."""
-        image = torch.zeros(1, *self.image_shape, device=self._device)
-        prepared = self.prepare(image, torch.zeros(1, dtype=torch.int64), slack=False)
-        pixels: Bounds = _pixels(prepared.clean[-1], boxes.choose(torch.arange(1)))
-        bounds = self._values(prepared, {-1: pixels}, 0)
-        largest = max(
-            (given.shift if isinstance(given, Windows) else given.lower).numel()
-            for given in bounds.values()
-        )
-        fitting = memory_budget // (_TENSORS * 4 * largest)
-        if fitting < 1:
-            raise PatchproofError(
-                f"memory_budget: expected at least {_TENSORS * 4 * largest:,} bytes for this "
-                f"network, got {memory_budget:,}"
-            )
-        if self._device.type == "cpu":
-            fitting = min(fitting, _CACHE // (4 * largest))
-        return max(1, fitting)
-
-    def _values(
+    def bounds(
         self,
         prepared: Prepared,
         values: dict[int, Bounds],
@@ -694,29 +480,3 @@ class BoundedNetwork:
                 return isinstance(operator, Monotone) and operator.never_negative
             place = self.steps[place].inputs[0]
         return True  # pixels
-
-
-def _split(numbers: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Return (n,) numbers in parts of a size; none of no numbers."""
-    return torch.split(numbers, size) if len(numbers) else ()
-
-
-def _pixels(clean: Clean, boxes: PatchBoxes) -> Windows:
-    """Return the bounds of the pixels, around the middle of what the patch may show."""
-    images = clean.value
-    before = cut(images, boxes.starts, boxes.size, boxes.each)
-    shape = inside_map(boxes.starts, boxes.size, (images.shape[2], images.shape[3]))
-    if boxes.shape is not None:
-        own = boxes.shape[:, None, None]
-        shape = own if shape is None else shape & own
-    if boxes.epsilon >= 1:
-        shift = 0.5 - before
-        radius = before.new_full((len(boxes.starts), 1, images.shape[1], *boxes.size), 0.5)
-    else:
-        lower = (before - boxes.epsilon).clamp(min=0)
-        upper = (before + boxes.epsilon).clamp(max=1)
-        shift, radius = (lower + upper) / 2 - before, (upper - lower) / 2
-    if shape is not None:
-        shape = shape.to(images.device)
-        shift, radius = shift * shape, radius * shape
-    return Windows(clean, shift, radius, boxes.starts, boxes.each)

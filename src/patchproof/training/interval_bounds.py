@@ -170,10 +170,10 @@ class IntervalBoundsRecipe(Recipe):
             boxes = self._joined(self.boxes(spec.image_size))
             bounded.margins(prepared, boxes.choose(tiles(boxes, self.pool)[0]))
         for name, module in network.named_modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.Dropout | nn.Dropout2d):
                 raise PatchproofError(
-                    "expected a network without batch normalisation to train its bounds, "
-                    f"got {name}"
+                    "expected a network without batch normalisation and dropout to train its "
+                    f"bounds, got {name}"
                 )
         if self.strategy == "guided" and self.regions % spec.classes:
             raise PatchproofError(
