@@ -189,7 +189,7 @@ PYTHON
       $patchproof certify --data "$DATA/$data" --weights "$weights" --patch "$patch" --gallery 0 \
         --defense interval-bounds "${about[@]}" --out "$OUT/ibp-$name"
     done
-    best=${BEST:-zoo/mnist-ibp-mlp-5x5-random10.safetensors}
+    best=${BEST:-zoo/mnist-ibp-mlp-5x5-guided10.safetensors}
     for shape in 4x7 7x4 3x9 9x3 1x25 25x1 diamond parallelogram; do
       name=$shape
       case $shape in

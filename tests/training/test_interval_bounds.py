@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from patchproof.bounds import BoundedNetwork
+from patchproof.cli.train import parse_pool, parse_strategy
 from patchproof.datasets import load_dataset
 from patchproof.models import ModelSpec, build_model
 from patchproof.results import PatchproofError
@@ -208,3 +209,26 @@ def test_trained_bounds_certify_more_than_plain_ones(tmp_path):
     best = train(settings, spec, *data, tmp_path, device="cpu")
     assert best["certified_accuracy"] > 0.4
     assert best["clean_accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("all", ("all", 1)), ("random:5", ("random", 5)), ("guided:20", ("guided", 20))],
+)
+def test_strategies_are_read(text, expected):
+    assert parse_strategy(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "all:3", "random", "random:0", "random:x", "guided:", "some:3"]
+)
+def test_other_strategies_are_refused(text):
+    with pytest.raises(PatchproofError, match="--strategy: expected all, random:N or guided:N"):
+        parse_strategy(text)
+
+
+def test_pools_are_read_or_refused():
+    assert [parse_pool(text) for text in (None, "4", "2-2")] == [(), (4,), (2, 2)]
+    for text in ("", "1", "2-2-2", "2x2", "-2"):
+        with pytest.raises(PatchproofError, match="--pool: expected one or two numbers"):
+            parse_pool(text)

@@ -2,18 +2,68 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from patchproof.bounds.operators import Linear
-from patchproof.bounds.windows import SMALLEST, Centred, Everywhere, gamma
+from patchproof.bounds.windows import SMALLEST, Centred, Everywhere, gamma, rows
+
+_FEW = 16
+"""Classes up to which all pairs of them cost little."""
+
+
+class MergedLayer(ABC):
+    """Margins logit_label - logit_j of N images as affine functions of what they see last."""
+
+    @abstractmethod
+    def choose(self, chosen: Tensor) -> MergedLayer:
+        """Return the functions of some images, by (n,) indices or (N,) bool."""
+
+    @abstractmethod
+    def margins(self, given: Everywhere | Centred) -> Tensor:
+        """Return lower bounds of the margins, (L, N, classes) or (L, 1, classes)."""
 
 
 @dataclass(frozen=True, eq=False)
-class MergedLayer:
-    """Margins logit_label - logit_j of N images as affine functions of what they see last.
+class ByPairs(MergedLayer):
+    """Margins with gradients, without slack: of all pairs of classes, for all images at once.
+
+    A lower bound of (w_label - w_j) z is that of its centre less |w_label - w_j| times its radius.
+    Matrices that all images share have a gradient that is quick.
+
+    Attributes:
+        final: the last layer.
+        labels: (N,) int64.
+    """
+
+    final: Linear
+    labels: Tensor
+
+    def choose(self, chosen: Tensor) -> ByPairs:
+        """Return the functions of some images."""
+        return ByPairs(self.final, self.labels[chosen])
+
+    def margins(self, given: Everywhere | Centred) -> Tensor:
+        """Return lower bounds of the margins."""
+        weight = self.final.weight
+        one, other = torch.triu_indices(len(weight), len(weight), 1, device=weight.device)
+        pair = weight.new_zeros(len(weight), len(weight), dtype=torch.int64)
+        pair[one, other] = pair[other, one] = torch.arange(len(one), device=weight.device)
+        logits = self.final.forward((given.lower + given.upper) / 2)
+        radius = (given.upper - given.lower) / 2
+        differences = (weight[one] - weight[other]).abs()
+        spreads = (differences @ radius.flatten(0, 1).T).T.reshape(*radius.shape[:2], -1)
+        labels = rows(self.labels, given.each)[:, :, None].expand(*radius.shape[:2], 1)
+        spread = spreads.gather(2, pair[labels[:, :, 0]]).scatter(2, labels, 0.0)
+        return logits.gather(2, labels) - logits - spread
+
+
+@dataclass(frozen=True, eq=False)
+class ByImages(MergedLayer):
+    """Margins by a matrix of each image.
 
     A lower bound of (w_label - w_j) z takes the lower bound of z where the difference of the
     weights is positive, and the upper bound where it is negative.
@@ -31,13 +81,13 @@ class MergedLayer:
     term: Tensor
     rounding: Tensor | None
 
-    def choose(self, chosen: Tensor) -> MergedLayer:
-        """Return the functions of some images, by (n,) indices or (N,) bool."""
+    def choose(self, chosen: Tensor) -> ByImages:
+        """Return the functions of some images."""
         rounding = None if self.rounding is None else self.rounding[chosen]
-        return MergedLayer(self.above[chosen], self.below[chosen], self.term[chosen], rounding)
+        return ByImages(self.above[chosen], self.below[chosen], self.term[chosen], rounding)
 
     def margins(self, given: Everywhere | Centred) -> Tensor:
-        """Return lower bounds of the margins, (L, N, classes) or (L, 1, classes)."""
+        """Return lower bounds of the margins."""
         lower, upper = given.lower, given.upper
         margins = _times(self.below, upper, given.each) + _times(self.above, lower, given.each)
         if self.rounding is not None:
@@ -75,18 +125,20 @@ def merge(final: Linear, labels: Tensor, *, slack: bool, never_negative: bool) -
         never_negative: activations are never below 0, so that their magnitude is the upper bound.
     """
     weight, bias = final.weight, final.bias
+    if torch.is_grad_enabled() and not slack and len(weight) <= _FEW:
+        return ByPairs(final, labels)
     difference = weight[labels][:, None] - weight
     above, below = difference.clamp(min=0), difference.clamp(max=0)
     term = weight.new_zeros(len(labels), len(weight))
     if bias is not None:
         term = bias[labels][:, None] - bias
     if not slack:
-        return MergedLayer(above, below, term, None)
+        return ByImages(above, below, term, None)
     relative = 3 * gamma(weight.shape[1])
     rounding = relative * (weight[labels].abs()[:, None] + weight.abs())
     term = term - 8 * weight.shape[1] * SMALLEST
     if bias is not None:
         term = term - relative * (bias[labels].abs()[:, None] + bias.abs())
     if never_negative:
-        return MergedLayer(above, below - rounding, term, None)
-    return MergedLayer(above, below, term, rounding)
+        return ByImages(above, below - rounding, term, None)
+    return ByImages(above, below, term, rounding)

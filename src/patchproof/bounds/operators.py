@@ -338,6 +338,7 @@ class Convolution(Affine):
         size: tuple[int, int],
         *,
         absolute: bool,
+        reuse: bool,
     ) -> Tensor:
         """Convolve windows (L, N, C, h, w) at an offset inside zeros of the size ``seen``.
 
@@ -349,8 +350,8 @@ class Convolution(Affine):
         if few and values[0, 0].numel() <= _MOST_WASTE * self.terms * self.groups:
             matrix = self._matrix(values, offset, seen, absolute=absolute)
             flat = values.flatten(2).flatten(0, 1)
-            out = self._buffer(f"{absolute} {offset}", values, (len(flat), matrix.shape[1]))
-            return torch.mm(flat, matrix, out=out).reshape(shape)
+            out = self._buffer(f"{absolute}", flat, (len(flat), matrix.shape[1]))
+            return torch.mm(flat, matrix, out=out if reuse else None).reshape(shape)
         maps = padded(values.flatten(0, 1), offset, seen)
         return self._convolve(maps, None, (0, 0), absolute=absolute).reshape(shape)
 
@@ -385,10 +386,15 @@ class Convolution(Affine):
             shifts, radii = (placed(values, offsets, needed) for values in (shifts, radii))
             distinct, which = torch.zeros(1, 2, dtype=torch.int64), torch.zeros_like(which)
         parts: list[list[Tensor]] = [[], []]
+        alone = len(distinct) == 1
         for number, (top, left) in enumerate(distinct.tolist()):
             for part, values, absolute in zip(parts, (shifts, radii), (False, True), strict=True):
-                chosen = values if len(distinct) == 1 else values[which == number]
-                part.append(self._on_window(chosen, (top, left), needed, size, absolute=absolute))
+                chosen = values if alone else values[which == number]
+                part.append(
+                    self._on_window(
+                        chosen, (top, left), needed, size, absolute=absolute, reuse=alone
+                    )
+                )
         shift, radius = (in_order(part, which) for part in parts)
         if clean.error is not None:
             radius = self._scaled(radius, widening(self.terms))
@@ -536,7 +542,7 @@ class Monotone(Operator):
         buffer = partial(self._buffer, like=given.shift, shape=tuple(given.shift.shape))
         before = given.cut(given.clean.value, out=buffer("before"))
         most = 0.0 if error is None else rows(error.amax((2, 3), keepdim=True), given.each)
-        radius = torch.add(given.radius, most, out=buffer("radius"))
+        radius = torch.add(given.radius.expand_as(given.shift), most, out=buffer("radius"))
         upper = torch.add(before, given.shift, out=buffer("high"))
         lower = torch.sub(upper, radius, out=buffer("low")).relu_()
         upper = upper.add_(radius).relu_()

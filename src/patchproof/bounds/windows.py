@@ -178,19 +178,13 @@ def cut(
     if top or left or bottom or right:
         values = functional.pad(values, (left, right, top, bottom), value=outside)
     corners = starts + torch.tensor([top, left])
-    if each is None and not (torch.is_grad_enabled() and values.requires_grad):
-        if out is None:
-            out = values.new_empty(len(starts), *values.shape[:2], *size)
-        for window, (row, column) in zip(out, corners.tolist(), strict=True):
-            window.copy_(values[:, :, row : row + rows_, column : column + columns])
-        return out
     inside = torch.arange(rows_)[:, None] * values.shape[3] + torch.arange(columns)
     index = corners @ torch.tensor([values.shape[3], 1])
     index = (index[:, None] + inside.flatten()).to(values.device)  # (L, h w)
-    if each is None:  # by rows of a table, whose gradient is one table for all windows
-        table = values.permute(2, 3, 0, 1).reshape(-1, values.shape[0] * values.shape[1])
-        chosen = functional.embedding(index, table).transpose(1, 2)
-        return chosen.reshape(len(starts), *values.shape[:2], *size)
+    if each is None:  # of a table, whose gradient is one table for all windows
+        chosen = torch.index_select(values.flatten(2).flatten(0, 1), 1, index.flatten())
+        chosen = chosen.reshape(*values.shape[:2], len(starts), *size).permute(2, 0, 1, 3, 4)
+        return chosen.contiguous() if out is None else out.copy_(chosen)
     index = index.reshape(len(values), 1, -1)
     chosen = values.flatten(2).gather(2, index.expand(-1, values.shape[1], -1))
     chosen = chosen.reshape(len(values), values.shape[1], each, *size)

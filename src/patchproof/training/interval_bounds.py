@@ -142,14 +142,8 @@ class IntervalBoundsRecipe(Recipe):
         Raises:
             PatchproofError: a patch of several shapes, or a guide for places that are no full grid.
         """
-        groups = patch_boxes(self.threat.regions(image_size))
-        if len(groups) != 1:
-            raise PatchproofError(
-                f"expected a patch of one shape to train on, got {self.threat.label()}"
-            )
-        (_, boxes) = groups[0]
+        boxes = all_places(self.threat, image_size)
         rows, columns = (boxes.starts.amax(0) + 1).tolist()
-        boxes = boxes.choose((boxes.starts @ torch.tensor([columns, 1])).argsort())
         if self.strategy == "guided" and len(boxes.starts) != rows * columns:
             raise PatchproofError(
                 f"expected a patch at any place to guide, got {self.threat.label()}"
@@ -244,6 +238,17 @@ class IntervalBoundsRecipe(Recipe):
             regions = self.threat.regions((images.shape[2], images.shape[3]))
             margins = bounded.lowest_margins(images, labels, regions, stop=True)
         return {"clean_accuracy": right, "certified_accuracy": right & (margins > 0).all(1)}
+
+
+@lru_cache(maxsize=1)
+def all_places(threat: Threat, image_size: tuple[int, int]) -> PatchBoxes:
+    """Return all regions of a patch of one shape, rows first."""
+    groups = patch_boxes(threat.regions(image_size))
+    if len(groups) != 1:
+        raise PatchproofError(f"expected a patch of one shape to train on, got {threat.label()}")
+    (_, boxes) = groups[0]
+    columns = int(boxes.starts[:, 1].max()) + 1
+    return boxes.choose((boxes.starts @ torch.tensor([columns, 1])).argsort())
 
 
 @lru_cache(maxsize=1)
