@@ -186,7 +186,7 @@ PYTHON
       data=${name%%-*} about=()
       if [ "$data" = cifar10 ]; then about+=(--note "$note"); fi
       patch=$(echo "$name" | sed -E 's/.*-(sparse([0-9]+)|([0-9]+)x[0-9]+)-.*/\1/; s/sparse/sparse:/; s/x.*//')
-      $patchproof certify --data "$DATA/$data" --weights "$weights" --patch "$patch" --gallery 0 \
+      $patchproof certify --data "$DATA/$data" --weights "$weights" --patch "$patch" --gallery "${GALLERY:-0}" \
         --defense interval-bounds "${about[@]}" --out "$OUT/ibp-$name"
     done
     best=${BEST:-zoo/mnist-ibp-mlp-5x5-guided10.safetensors}
