@@ -11,7 +11,8 @@
   for all rounding, which the plain ones do not have.
 - screening: the same after the boxes around adjacent places, and leaving an image at the first
   location that does not hold, against all locations one by one; their verdicts must be equal.
-- training: one step (loss, gradients, Adam) of each strategy on the same regions.
+- training: one step (loss, gradients, Adam) of each strategy on as many regions; of `all` the
+  losses must be equal.
 - memory: the peak of certification at growing budgets, each in a process of its own.
 
 The plain algorithm is the paper's: one box of the whole image for each location, whose centre and
@@ -33,6 +34,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -356,10 +358,10 @@ def memory(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     context = multiprocessing.get_context("spawn")
     for name in arguments.networks:
         for megabytes in (4, 16, 64, 256):
-            with context.Pool(1) as pool:
-                peak, taken = pool.apply(
-                    _peak, (name, "32x32x3", arguments.images, megabytes * 2**20)
-                )
+            with ProcessPoolExecutor(1, mp_context=context) as pool:
+                peak, taken = pool.submit(
+                    _peak, name, "32x32x3", arguments.images, megabytes * 2**20
+                ).result()
             rows.append(
                 {
                     "benchmark": "memory",

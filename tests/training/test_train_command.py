@@ -157,7 +157,7 @@ def test_adamw_has_its_own_defaults(tmp_path: Path) -> None:
         ),
         (["--recipe", "greedy-cutout", "--patch", "9"], "8"),
         (["--recipe", "greedy-cutout", "--patch", "2", "--squares", "2", "3"], "--squares"),
-        (["--patch", "2"], "--patch: expected with --recipe greedy-cutout, masked-evidence, "),
+        (["--patch", "2"], "--patch: expected with --recipe greedy-cutout, interval-bounds, "),
         (["--recipe", "clipped", "--window", "2"], "--window: expected with --recipe masked"),
         (["--recipe", "plain", "--margin", "0.2"], "--margin: expected with --recipe bagcert only"),
         (["--recipe", "plain", "--bands", "2"], "--bands: expected with --recipe ablation only"),
