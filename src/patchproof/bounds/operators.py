@@ -138,22 +138,31 @@ class Affine(Operator):
         return Centred(clean, centre, radius, rows(clean.error, each), each)
 
 
-class Linear(Affine):
-    """A fully connected layer on (N, features)."""
+class Weighted(Affine):
+    """A layer whose weights are read whenever they are used, so that they can be trained.
+
+    Args:
+        weight: (outputs, ...).
+        bias: (outputs,), or None.
+    """
 
     def __init__(self, weight: Callable[[], Tensor], bias: Callable[[], Tensor | None]) -> None:
         self._weight, self._bias = weight, bias
-        self.terms = weight().shape[1]
+        self.terms = weight()[0].numel()
 
     @property
     def weight(self) -> Tensor:
-        """(outputs, features) as it is now."""
+        """(outputs, ...) as it is now."""
         return self._weight()
 
     @property
     def bias(self) -> Tensor | None:
         """(outputs,) as it is now."""
         return self._bias()
+
+
+class Linear(Weighted):
+    """A fully connected layer on (N, features), its weight (outputs, features)."""
 
     def apply(self, values: Tensor, *, absolute: bool) -> Tensor:
         """Return values W^T, or values |W|^T."""
@@ -287,8 +296,8 @@ def _by_bags(weight: Tensor, shape: torch.Size, given: Windows) -> tuple[Tensor,
     return moved[:, None], spread[:, None]
 
 
-class Convolution(Affine):
-    """A convolution with zero padding."""
+class Convolution(Weighted):
+    """A convolution with zero padding, its weight (outputs, inputs / groups, rows, columns)."""
 
     def __init__(
         self,
@@ -299,19 +308,8 @@ class Convolution(Affine):
         dilation: tuple[int, int] = (1, 1),
         groups: int = 1,
     ) -> None:
-        self._weight, self._bias = weight, bias
+        super().__init__(weight, bias)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
-        self.terms = weight()[0].numel()
-
-    @property
-    def weight(self) -> Tensor:
-        """(outputs, inputs / groups, rows, columns) as it is now."""
-        return self._weight()
-
-    @property
-    def bias(self) -> Tensor | None:
-        """(outputs,) as it is now."""
-        return self._bias()
 
     def _convolve(
         self, values: Tensor, bias: Tensor | None, padding: tuple[int, int], *, absolute: bool
