@@ -31,7 +31,6 @@ import json
 import multiprocessing
 import platform
 import resource
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -39,6 +38,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import measuring
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -54,6 +54,8 @@ from patchproof.training.recipe import Step
 SIZES = {"28x28x1": (1, (28, 28)), "32x32x3": (3, (32, 32))}
 NETWORKS = ("ibp-mlp", "ibp-conv2", "ibp-conv4")
 STRATEGIES: tuple[Literal["all", "random", "guided"], ...] = ("all", "random", "guided")
+pairs = partial(measuring.pairs, clock=time.process_time)
+seconds = partial(measuring.seconds, clock=time.process_time)
 BATCHES = (64, 128, 256, 576, 1152)
 
 
@@ -117,26 +119,6 @@ class PlainBounds:
         radius = ((upper - lower) / 2).unflatten(0, shape)
         margins = difference @ centre.mT - difference.abs() @ radius.mT
         return (margins + (head.bias[labels][:, None] - head.bias)[:, :, None]).mT
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Return the seconds of processor time that some work on one thread takes."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def pairs(
-    repeats: int, ours: Callable[[], object], theirs: Callable[[], object]
-) -> dict[str, float]:
-    """Return the medians of seconds of both and of their ratio, theirs over ours."""
-    ours(), theirs()
-    measured = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
-    return {
-        "ours": statistics.median(ours for ours, _ in measured),
-        "theirs": statistics.median(theirs for _, theirs in measured),
-        "ratio": statistics.median(theirs / ours for ours, theirs in measured),
-    }
 
 
 def fastest(work: Callable[[int], object], sizes: tuple[int, ...]) -> int:

@@ -20,14 +20,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from measuring import pairs
 from torch import Tensor
 
 import patchproof as pp
@@ -36,25 +34,6 @@ from patchproof.datasets import load_dataset
 from patchproof.models import Kept, ModelSpec, build_model, load_classifier
 from patchproof.precision import exact_inference
 from patchproof.results import Outputs, Verdict
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def pairs(
-    repeats: int, ours: Callable[[], object], theirs: Callable[[], object]
-) -> dict[str, float]:
-    """Return the medians of seconds of both and of their ratio, theirs over ours."""
-    ours(), theirs()
-    measured = [(seconds(ours), seconds(theirs)) for _ in range(repeats)]
-    return {
-        "ours": statistics.median(ours for ours, _ in measured),
-        "theirs": statistics.median(theirs for _, theirs in measured),
-        "ratio": statistics.median(theirs / ours for ours, theirs in measured),
-    }
 
 
 def recorded(scores: Tensor) -> Outputs:

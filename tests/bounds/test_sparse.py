@@ -22,7 +22,7 @@ def linear(inputs: int, outputs: int, bias: bool = True) -> tuple[nn.Module, Lin
 
 
 def convolution(*arguments: int, **options: object) -> tuple[nn.Module, Convolution]:
-    layer = nn.Conv2d(*arguments, **options).double()  # type: ignore[arg-type]
+    layer = nn.Conv2d(*arguments, **options).double()
     return layer, Convolution(
         lambda: layer.weight,
         lambda: layer.bias,

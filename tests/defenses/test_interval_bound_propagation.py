@@ -525,7 +525,7 @@ MISTAKES: dict[str, tuple[Callable[[], object], str]] = {
         "expected at least one, got none",
     ),
     "stop": (
-        lambda: list(make().certify_stream([], stop="soon")),  # type: ignore[arg-type]
+        lambda: list(make().certify_stream([], stop="soon")),
         "stop: expected 'first_lost_region' or 'never', got 'soon'",
     ),
 }
