@@ -9,6 +9,7 @@ from patchproof.defenses import (
     PatchCleanser,
     PatchGuard,
     PatchGuardPlusPlus,
+    RandomizedCropping,
     RobustStatistics,
     TopCertification,
     ViewDefense,
@@ -17,6 +18,7 @@ from patchproof.defenses import (
 )
 from patchproof.detection import DetectionCertification, Thresholds, TradeOff
 from patchproof.models.ablation import Ablation
+from patchproof.probability import ProbableCertification
 from patchproof.results import (
     ALERT,
     Case,
@@ -27,6 +29,7 @@ from patchproof.results import (
     Verdict,
 )
 from patchproof.threat import (
+    AnyPatch,
     AnyRectangle,
     Box,
     MaskSet,
@@ -38,6 +41,7 @@ from patchproof.threat import (
     SquarePatch,
     StencilPatch,
     Threat,
+    transformations,
 )
 
 __version__ = "0.1.0"
@@ -45,6 +49,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ALERT",
     "Ablation",
+    "AnyPatch",
     "AnyRectangle",
     "BagCert",
     "Box",
@@ -62,6 +67,8 @@ __all__ = [
     "PatchGuardPlusPlus",
     "PatchproofError",
     "Prediction",
+    "ProbableCertification",
+    "RandomizedCropping",
     "RectanglePatch",
     "RectanglePatches",
     "Regions",
@@ -78,4 +85,5 @@ __all__ = [
     "ViewDefense",
     "ViewDetector",
     "load",
+    "transformations",
 ]

@@ -21,8 +21,9 @@ INVALID_LABEL = -1
 """The label of a view whose scores are not finite: it equals no class and is never returned."""
 
 
-Kind = Literal["recovery", "detection"]
-"""What a certificate promises: the right label, or the right label or an alert."""
+Kind = Literal["recovery", "detection", "probable"]
+"""What a certificate promises: the right label, the right label or an alert, or the right label
+with a probability."""
 
 Paper = Literal["sound", "unsound"]
 """Whether the criterion that a defense's paper states is a sound certificate."""
@@ -156,6 +157,11 @@ class Corruption:
     patterns: Tensor
     region_to_pattern: Tensor
     combinations: Tensor | None = None
+
+    @classmethod
+    def one_by_one(cls, regions: int) -> Corruption:
+        """Return a pattern of its own for each region, of the one view that there is."""
+        return cls(torch.ones(regions, 1, dtype=torch.bool), torch.arange(regions))
 
     def combined(self, count: int) -> Corruption:
         """Return what ``count`` patches corrupt, where this is what one of them does.

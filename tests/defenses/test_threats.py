@@ -4,10 +4,12 @@ from itertools import combinations_with_replacement, pairwise
 
 import pytest
 import torch
+from feature_models import SIZE, Hostile, HostileBands, mild_images
 from torch import Tensor, nn
 
 import patchproof as pp
 from patchproof.aggregation import ChallengerGame, DoubleMasking
+from patchproof.models.ablation import Ablation
 from patchproof.results import Outputs, PatchproofError, Verdict
 from patchproof.views import MaskPairViews
 
@@ -38,6 +40,14 @@ CASES = {
     "two diagonals": (
         pp.MultiplePatches(2, pp.StencilPatch(["#.", ".#"])), (2, 4), (1, 3),
         [[c, 4 + c + 1] for c in range(3)],
+    ),
+    "domino or diagonal": (
+        pp.AnyPatch([pp.RectanglePatch(1, 2), pp.StencilPatch(["#.", ".#"])]), (2, 3), (1, 2),
+        [[0, 1], [1, 2], [3, 4], [4, 5], [0, 4], [1, 5]],
+    ),
+    "two dominoes or gaps": (
+        pp.MultiplePatches(2, pp.AnyPatch([pp.RectanglePatch(1, 2), pp.StencilPatch(["#.#"])])),
+        (1, 4), (1, 2), [[0, 1], [1, 2], [2, 3], [0, 2], [1, 3]],
     ),
 }  # fmt: skip
 
@@ -146,6 +156,43 @@ def test_a_second_patch_and_a_wider_choice_of_shapes_never_certify_more():
     for narrower, wider in pairwise(certified):
         assert not (wider & ~narrower).any()
     assert certified[0].sum() > certified[-1].sum() > 0
+
+
+KINDS = [
+    pp.SquarePatch(2),
+    pp.RectanglePatch(3, 1),
+    pp.RectanglePatch(1, 3, "corners"),
+    pp.StencilPatch(["#..", ".#.", "..#"]),
+]
+LINEAR = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+INDIFFERENT = {
+    "bands": (pp.DerandomizedSmoothing, HostileBands(Ablation("column", 2)).eval(), {}),
+    "votes": (pp.BagCert, Hostile(stride=2).eval(), {}),
+    "intervals": (pp.IntervalBoundPropagation, LINEAR.eval(), {}),
+    "masks": (
+        pp.PatchCleanser,
+        Hostile().eval(),
+        {"mask_set": pp.MaskSet.for_threat(pp.AnyPatch(KINDS), SIZE, 2)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INDIFFERENT)
+def test_a_patch_of_any_kind_is_certified_if_and_only_if_each_kind_is(name):
+    """For defenses that look at the same whatever the threat is."""
+    make, model, options = INDIFFERENT[name]
+    torch.manual_seed(0)
+    if model is LINEAR:
+        nn.init.normal_(model[1].weight)
+    images = mild_images(120)
+
+    def certified(threat: pp.Threat) -> Tensor:
+        defense = make(model, threat, image_size=SIZE, **options)
+        return defense.certify(images, defense.predict(images)).certified
+
+    each = torch.stack([certified(kind) for kind in KINDS])
+    assert torch.equal(certified(pp.AnyPatch(KINDS)), each.all(0))
+    assert 0 < each.all(0).sum() < each.sum(1).max()
 
 
 class WrongUnderTheFirstTwoMasks(nn.Module):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from patchproof.cli.feature_defenses import FEATURE_DEFENSES, build_feature_defense
 from patchproof.cli.interval_bounds import INTERVAL_BOUNDS, build_interval_bounds
 from patchproof.cli.options import parse_memory, parse_pair, parse_threat
+from patchproof.cli.randomized_cropping import RANDOMIZED_CROPPING, build_randomized_cropping
 from patchproof.results import PatchproofError
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from patchproof.models import ModelSpec
 
 _OVER_MASKS = ("patchcleanser", "minority-reports")
-_WITH_OPTIONS = (*FEATURE_DEFENSES, INTERVAL_BOUNDS)
+_HIDING_NOTHING = (INTERVAL_BOUNDS, RANDOMIZED_CROPPING)
+_WITH_OPTIONS = (*FEATURE_DEFENSES, *_HIDING_NOTHING)
 NAMED_DEFENSES = (*_OVER_MASKS, *_WITH_OPTIONS)
 """What ``--defense`` names; anything else is a file."""
 
@@ -227,9 +229,11 @@ def build_defense(
         "batch_size": options.batch_size,
         "memory_budget": None if options.memory is None else parse_memory(options.memory),
     }
+    if options.defense in _HIDING_NOTHING and options.tolerance is not None:
+        shared["tolerance"] = options.tolerance
+    if options.defense == RANDOMIZED_CROPPING:
+        return build_randomized_cropping(classifier.model, threat, options.options, **shared)
     if options.defense == INTERVAL_BOUNDS:
-        if options.tolerance is not None:
-            shared["tolerance"] = options.tolerance
         shared["channels"] = classifier.spec.channels
         return build_interval_bounds(classifier.model, threat, options.options, **shared)
     fills = (options.fill, classifier.fill, DEFAULT_FILL)
@@ -260,7 +264,7 @@ def _check_options(options: DefenseOptions) -> None:
         )
     if options.tau is not None and "tau" in options.options:
         raise PatchproofError("expected one of --tau and --defense-option tau, got both")
-    if options.fill is not None and options.defense == INTERVAL_BOUNDS:
+    if options.fill is not None and options.defense in _HIDING_NOTHING:
         raise PatchproofError(
             f"--fill: expected with a defense that hides pixels, got {options.defense}"
         )

@@ -17,6 +17,8 @@ INVENTORY = {
         "bagnet9, bagnet17, bagnet33": "ResNet-50 with local features, for about 224 pixels (size)",
         "band-resnet": "runs on one band or block of the image alone (ablation, size, widths)",
         "ablation-resnet": "sees which pixels are hidden (ablation, size, widths)",
+        "crop-resnet9": "classifies one crop of the image, told where it is (crop, widths, "
+        "positions)",
         "ibp-mlp": "perceptron for interval-bounds, of one hidden layer of 255 (hidden)",
         "ibp-conv2, ibp-conv4": "small convolutional networks for interval-bounds (first_kernel, "
         "widths, hidden)",
@@ -46,6 +48,8 @@ INVENTORY = {
         "plain": "the same without squares, for comparison, and as a --start",
         "ablation": "one random band or block of each image, for derandomized-smoothing and "
         "patchguard (band-resnet, or any model with --ablation)",
+        "crops": "one random crop of each image, for randomized-cropping (crop-resnet9, or any "
+        "model with --crop)",
         "masked-evidence": "without the label's best window, for patchguard (bagnet)",
         "bagcert": "a lead of the votes of local features, for bagcert (bagnet)",
         "clipped": "the clipped sum of local features, for clipped-bagnet (bagnet)",
@@ -70,6 +74,8 @@ INVENTORY = {
         "top-masking": "their sum without the largest (count), for several patches too",
         "interval-bounds": "interval bound propagation: bounds of the network's outputs over all "
         "that a patch may show: certified recovery for networks trained for it (method, screen)",
+        "randomized-cropping": "votes of crops: of all or of a fixed draw (mode, crops, seed), or "
+        "with mode=random-crops of a secret one, certified with a probability",
     },
     "threats": {
         "--patch 5": "one square of 5x5 pixels, anywhere",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from patchproof.models.ablation import Ablation
-    from patchproof.threat import Threat
+    from patchproof.threat import StencilPatch, Threat
     from patchproof.threat.patches import Locations as Place
 
 _MODEL = "Model"
@@ -74,9 +74,10 @@ Defense = Annotated[
         help="The right label, whatever the patch shows, from masked images: patchcleanser; from "
         "small parts of the image: patchguard, clipped-bagnet, derandomized-smoothing, bagcert, "
         "median, trimmed-mean or top-masking; from bounds of the network's outputs: "
-        "interval-bounds. The right label or an alert: minority-reports or patchguard++. Or a file "
-        "saved by `defense.save` in Python: model, defense and patch in one, which replaces the "
-        "options for them.",
+        "interval-bounds; from crops: randomized-cropping, by default all of them. The right label "
+        "or an alert: minority-reports or patchguard++. Or a file saved "
+        "by `defense.save` in Python: model, defense and patch in one, which replaces the options "
+        "for them.",
         rich_help_panel=_DEFENSE,
     ),
 ]
@@ -85,9 +86,9 @@ DefenseOption = Annotated[
     typer.Option(
         metavar="NAME=JSON",
         help="An option of a defense that looks at small parts of the image, such as "
-        "feature=confidence, ablation=column:4 or window=8 of patchguard, or method=backward of "
-        "interval-bounds. May be given several times; another name lists those that the defense "
-        "takes.",
+        "feature=confidence, ablation=column:4 or window=8 of patchguard, method=backward of "
+        "interval-bounds, or mode=random-crops and crops=128 of randomized-cropping. May be "
+        "given several times; another name lists those that the defense takes.",
         rich_help_panel=_DEFENSE,
     ),
 ]
@@ -108,9 +109,13 @@ Patch = Annotated[
         metavar="PATCH",
         help="Patch in pixels of your images: 5 (a 5x5 square), 5x7 (height x width), 3x8,8x3 (any "
         "of these), any:10 or any:1% (any rectangle of at most that area), line:12x2@30 (length x "
-        "thickness @ degrees), square:5@45, diamond:7, parallelogram:4x6@20, stencil:FILE (the "
-        "pixels of a picture that are not black), or a share as papers name it, such as 2.4%. "
-        "2*5: two patches of 5x5 at once. sparse:4: any 4 pixels, for interval-bounds.",
+        "thickness @ degrees), square:5@45, rectangle:12x2@45, diamond:7, parallelogram:4x6@20, "
+        "stencil:FILE (the pixels of a picture that are not black), or a share as papers name it, "
+        "such as 2.4%. aspect:25@2.7:1: a rectangle of about 25 pixels, 2.7 times as high as wide. "
+        "bounds:square:5@45: the upright rectangle around a shape. 5+8x3+square:5@45: one patch, "
+        "any of these. transformed:5: one patch, a 5x5 square as it is, stretched to 2.7 or 6 "
+        "times its other side, or turned by 45 degrees. 2*5: two patches of 5x5 at once. "
+        "sparse:4: any 4 pixels, for interval-bounds.",
         rich_help_panel=_THREAT,
     ),
 ]
@@ -238,6 +243,7 @@ Threads = Annotated[
     ),
 ]
 
+_DECIMAL = r"\d{1,6}(?:\.\d{1,9})?"
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -330,7 +336,7 @@ def parse_threat(
         PatchproofError: not exactly one of ``patch`` and ``covering``, a value that cannot be read,
             or a patch that does not fit.
     """
-    from patchproof.threat import MultiplePatches, SquarePatch
+    from patchproof.threat import AnyPatch, MultiplePatches, SquarePatch
 
     if (patch is None) == (covering is None):
         raise _misuse(
@@ -340,11 +346,11 @@ def parse_threat(
     if patch is None:
         assert covering is not None
         return SquarePatch(SquarePatch.covering(covering, image_size).height, place)
-    text = patch.strip().lower()
-    count, times, one = text.rpartition("*")
+    count, times, one = patch.rpartition("*")
     if times and not re.fullmatch(r"\d{1,6}", count.strip()):
         raise _misuse("--patch", "a number of patches before *, such as 2*5", patch)
-    threat = _parse_patch(one.strip(), patch, place, image_size)
+    kinds = [_parse_patch(kind, patch, place, image_size) for kind in one.split("+")]
+    threat = kinds[0] if len(kinds) == 1 else AnyPatch(kinds)
     if times:
         threat = MultiplePatches(int(count), threat)
     threat.regions(image_size)
@@ -352,17 +358,18 @@ def parse_threat(
 
 
 def _parse_patch(text: str, patch: str, place: Place, image_size: tuple[int, int]) -> Threat:
-    """Return one patch, from the part of ``--patch`` without a number of patches."""
+    """Return one patch, from a part of ``--patch`` without a number of patches or ``+``."""
     from patchproof.threat import (
         AnyRectangle,
         RectanglePatch,
         RectanglePatches,
         SparsePixels,
         SquarePatch,
-        StencilPatch,
+        transformations,
     )
 
-    kind, colon, size = text.partition(":")
+    kind, colon, rest = text.partition(":")
+    kind, size = kind.strip().lower(), rest.strip().lower()
     if kind == "any":
         if size.endswith("%"):
             _number(size[:-1], patch)
@@ -377,41 +384,64 @@ def _parse_patch(text: str, patch: str, place: Place, image_size: tuple[int, int
         if not re.fullmatch(r"\d{1,9}", size):
             raise _misuse("--patch", "sparse:4 (pixels)", patch)
         return SparsePixels(int(size))
-    if kind == "stencil":
-        return StencilPatch(_read_stencil(Path(patch.strip().partition(":")[2])), locations=place)
+    if kind == "aspect":
+        match = re.fullmatch(rf"(\d{{1,9}})@({_DECIMAL}):({_DECIMAL})", size.replace(" ", ""))
+        if match is None or not float(match[3]):
+            raise _misuse("--patch", "aspect:25@2.7:1 (pixels @ height:width)", patch)
+        return RectanglePatch.of_aspect(int(match[1]), float(match[2]) / float(match[3]), place)
+    if kind == "transformed":
+        if not re.fullmatch(r"\d{1,4}", size):
+            raise _misuse("--patch", "transformed:5 (the side of a square in pixels)", patch)
+        return transformations(int(size), place)["worst case"]
+    if kind == "bounds":
+        return _parse_shape(rest, patch, place).bounding_rectangle()
     if colon:
-        lengths, at, angle = size.partition("@")
+        return _parse_shape(text, patch, place)
+    size = text.strip().lower()
+    if "," in size:
+        return RectanglePatches([parse_pair("--patch", pair) for pair in size.split(",")], place)
+    if size.endswith("%"):
+        return SquarePatch(SquarePatch.published(size, image_size).height, place)
+    height, width = parse_pair("--patch", size)
+    return SquarePatch(height, place) if height == width else RectanglePatch(height, width, place)
+
+
+def _parse_shape(text: str, patch: str, place: Place) -> StencilPatch:
+    """Return a shape that is drawn, such as ``square:5@45``, or read from a picture."""
+    from patchproof.threat import StencilPatch
+
+    kind, _, rest = text.partition(":")
+    kind = kind.strip().lower()
+    if kind == "stencil":
+        return StencilPatch(_read_stencil(Path(rest.strip())), locations=place)
+    if kind in ("line", "square", "rectangle", "diamond", "parallelogram"):
+        lengths, at, angle = rest.lower().partition("@")
         numbers = [_number(length, patch) for length in lengths.split("x")]
         degrees = _number(angle, patch) if at else 0.0
         match kind, numbers:
             case "line", [length]:
-                drawn = StencilPatch.line(length, degrees=degrees)
+                return StencilPatch.line(length, degrees=degrees).at(place)
             case "line", [length, thickness]:
-                drawn = StencilPatch.line(length, thickness, degrees)
+                return StencilPatch.line(length, thickness, degrees).at(place)
             case "square", [side]:
-                drawn = StencilPatch.square(side, degrees)
+                return StencilPatch.square(side, degrees).at(place)
+            case "rectangle", [height, width]:
+                return StencilPatch.rectangle(height, width, degrees).at(place)
             case "diamond", [diagonal] if not at:
-                drawn = StencilPatch.diamond(diagonal)
+                return StencilPatch.diamond(diagonal).at(place)
             case "parallelogram", [height, width]:
-                drawn = StencilPatch.parallelogram(height, width, degrees)
-            case _:
-                raise _misuse(
-                    "--patch",
-                    "any:10, line:12x2@30, square:5@45, diamond:7, parallelogram:4x6@20, "
-                    "stencil:FILE or sparse:4",
-                    patch,
-                )
-        return StencilPatch(drawn.rows, drawn.name, place)
-    if "," in text:
-        return RectanglePatches([parse_pair("--patch", size) for size in text.split(",")], place)
-    if text.endswith("%"):
-        return SquarePatch(SquarePatch.published(text, image_size).height, place)
-    height, width = parse_pair("--patch", text)
-    return SquarePatch(height, place) if height == width else RectanglePatch(height, width, place)
+                return StencilPatch.parallelogram(height, width, degrees).at(place)
+    raise _misuse(
+        "--patch",
+        "line:12x2@30, square:5@45, rectangle:12x2@45, diamond:7, parallelogram:4x6@20 or "
+        "stencil:FILE, or bounds: and one of these, or any:10, aspect:25@2.7:1, transformed:5 or "
+        "sparse:4",
+        patch,
+    )
 
 
 def _number(text: str, patch: str) -> float:
-    if re.fullmatch(r"-?\d{1,6}(\.\d{1,9})?", text.strip()) is None:
+    if re.fullmatch(rf"-?{_DECIMAL}", text.strip()) is None:
         raise _misuse("--patch", "numbers such as line:12x2@30", patch)
     return float(text)
 

@@ -14,9 +14,16 @@ from rich.table import Table
 from patchproof.aggregation.base import Stop
 from patchproof.datasets import ImageDataset
 from patchproof.defenses import IntervalBoundPropagation
-from patchproof.evaluation import DetectionSummary, Proportion, Summary, certify_dataset
+from patchproof.evaluation import (
+    DetectionSummary,
+    ProbableSummary,
+    Proportion,
+    certify_dataset,
+)
 from patchproof.evaluation import Progress as RunProgress
 from patchproof.evaluation.certifier import Certifier
+from patchproof.evaluation.store import CERTIFIED
+from patchproof.evaluation.summary import AnySummary
 from patchproof.results import Paper
 
 if TYPE_CHECKING:
@@ -38,14 +45,14 @@ def certify_and_show(
     gallery: int,
     spec: ModelSpec | None,
     about: Mapping[str, Any],
-) -> Summary | DetectionSummary:
+) -> AnySummary:
     """Certify a data set with a progress bar on stderr, and print the figures.
 
     Raises:
         typer.Exit: Ctrl-C, after what is finished is written.
     """
     done = 0
-    promise = "certified" if defense.kind == "recovery" else "certified detection"
+    promise = CERTIFIED[defense.kind].replace("_", " ")
     columns = (
         TextColumn("certifying"),
         BarColumn(),
@@ -110,7 +117,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _table(summary: Summary | DetectionSummary, defense: Certifier) -> Table:
+def _table(summary: AnySummary, defense: Certifier) -> Table:
     title = f"{summary.count} images against {defense.threat.describe()}; {defense.describe()}"
     table = Table(title=title, title_justify="left")
     table.add_column("")
@@ -126,9 +133,18 @@ def _table(summary: Summary | DetectionSummary, defense: Certifier) -> Table:
             ),
         }
     else:
+        promise = (
+            {
+                "certified with probability: right so often whatever the patch shows": (
+                    summary.certified_with_probability_accuracy
+                )
+            }
+            if isinstance(summary, ProbableSummary)
+            else {"certified: right whatever the patch shows": summary.certified_accuracy}
+        )
         shares |= {
             "defended, clean image": summary.clean_accuracy,
-            "certified: right whatever the patch shows": summary.certified_accuracy,
+            **promise,
             _PAPER[summary.paper]: summary.paper_accuracy,
         }
     for name, share in shares.items():

@@ -25,6 +25,7 @@ RecipeName = Literal[
     "greedy-cutout",
     "plain",
     "ablation",
+    "crops",
     "masked-evidence",
     "bagcert",
     "clipped",
@@ -45,6 +46,7 @@ _TAKEN_BY: dict[str, tuple[str, ...]] = {
     "--clean-share": _LOCAL_RECIPES,
     "--ablation": ("ablation",),
     "--bands": ("ablation",),
+    "--crop": ("crops",),
     "--strategy": ("interval-bounds",),
     "--pool": ("interval-bounds",),
     "--growth": ("interval-bounds",),
@@ -73,9 +75,10 @@ def train(
         typer.Option(
             help="cutout: two random squares on every image; greedy-cutout: the two masks of the "
             "defense (--patch, --masks) that hurt most, best with --start; plain: none. "
-            "ablation: one random band or block of every image alone. For networks of local "
-            "features: masked-evidence, without the label's best window; bagcert, votes that lead "
-            "by a margin; clipped, median, trimmed-mean and top-masking, that statistic of them. "
+            "ablation: one random band or block of every image alone; crops: one random crop. For "
+            "networks of local features: masked-evidence, without the label's best window; "
+            "bagcert, votes that lead by a margin; clipped, median, trimmed-mean and top-masking, "
+            "that statistic of them. "
             "interval-bounds: bounds of what any content of a patch (--patch) can do."
         ),
     ] = "cutout",
@@ -90,8 +93,9 @@ def train(
         str | None,
         typer.Option(
             help="small-resnet (for about 28 to 32 pixels), tiny-resnet (for 8x8), bagnet, "
-            "band-resnet, ablation-resnet, ibp-mlp, ibp-conv2, ibp-conv4, ibp-conv5-wide, "
-            "timm:NAME, torchvision:NAME, hf:NAME or python:package.module:factory. By default "
+            "band-resnet, ablation-resnet, crop-resnet9, ibp-mlp, ibp-conv2, ibp-conv4, "
+            "ibp-conv5-wide, timm:NAME, torchvision:NAME, hf:NAME or "
+            "python:package.module:factory. By default "
             "that of --start, else the one that suits the recipe and the size of the images.",
             rich_help_panel="Model",
         ),
@@ -153,6 +157,15 @@ def train(
         int | None,
         typer.Option(
             help="How many bands or blocks ablation keeps; by default 1.",
+            rich_help_panel=_LOCAL,
+        ),
+    ] = None,
+    crop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Crops for crops, 10 (10x10 pixels) or 12x8. By default what the network was "
+            "made for.",
             rich_help_panel=_LOCAL,
         ),
     ] = None,
@@ -303,7 +316,8 @@ def train(
 ) -> None:
     """Train a classifier for what a defense shows it of an image.
 
-    For PatchCleanser to be right under any two masks, for de-randomized smoothing from one band.
+    For PatchCleanser to be right under any two masks, for de-randomized smoothing from one band,
+    for randomized cropping from one crop.
     The epoch is chosen on validation images seen in the same way, never on test images.
     Ctrl-C keeps what the last whole epoch gave.
     """
@@ -315,6 +329,7 @@ def train(
         AblationRecipe,
         BagCertRecipe,
         ClippedRecipe,
+        CropRecipe,
         CutoutRecipe,
         GreedyMasks,
         IntervalBoundsRecipe,
@@ -333,6 +348,7 @@ def train(
         "--clean-share": clean_share,
         "--ablation": ablation,
         "--bands": bands,
+        "--crop": crop,
         "--strategy": strategy,
         "--pool": pool,
         "--growth": growth,
@@ -353,12 +369,12 @@ def train(
     if start is not None and model is None:
         spec = spec_of(start)
     else:
+        name = model or default_model(recipe, training)
+        options = opt.parse_model_options(model_option)
+        if crop is not None and name == "crop-resnet9":
+            options = {"crop": list(opt.parse_pair("--crop", crop))} | options
         spec = ModelSpec(
-            model or default_model(recipe, training),
-            len(training.class_names),
-            training.channels,
-            training.image_size,
-            opt.parse_model_options(model_option),
+            name, len(training.class_names), training.channels, training.image_size, options
         )
     bounds = recipe == "interval-bounds"
     defaults: dict[str, Any] = {
@@ -437,6 +453,8 @@ def train(
                 bands=1 if bands is None else bands,
                 **common,
             )
+        case "crops":
+            settings = CropRecipe(crop_size=choose_crop(spec, crop), **common)
         case "cutout" | "greedy-cutout" | "plain":
             greedy = None
             if recipe == "greedy-cutout":
@@ -472,6 +490,8 @@ def default_model(recipe: RecipeName, dataset: ImageDataset) -> str:
     """Return the network of our own that suits a recipe and the size of the images."""
     if recipe == "ablation":
         return "band-resnet"
+    if recipe == "crops":
+        return "crop-resnet9"
     if recipe in _LOCAL_RECIPES:
         return "bagnet"
     if recipe == "interval-bounds":
@@ -534,6 +554,26 @@ def choose_ablation(spec: ModelSpec, text: str | None) -> Ablation:
         assert isinstance(made_for, Ablation)
         return made_for
     return opt.parse_ablation("--ablation", text)
+
+
+def choose_crop(spec: ModelSpec, text: str | None) -> tuple[int, int]:
+    """Return (height, width) of ``--crop``, by default what the network was made for.
+
+    Raises:
+        PatchproofError: neither, or a size that cannot be read or is larger than the image.
+    """
+    from patchproof.models import build_model
+    from patchproof.models.crops import check_crop_size
+    from patchproof.results import PatchproofError
+
+    if text is not None:
+        return check_crop_size(opt.parse_pair("--crop", text), spec.image_size)
+    made_for: tuple[int, int] | None = getattr(build_model(spec), "crop_size", None)
+    if made_for is None:
+        raise PatchproofError(
+            f"--crop: expected the size of the crops for {spec.name}, such as 10, got none"
+        )
+    return made_for
 
 
 class CorruptedFeatures(NamedTuple):

@@ -9,6 +9,7 @@ from patchproof.defenses.minority_reports import MinorityReports
 from patchproof.defenses.patchcleanser import PatchCleanser
 from patchproof.defenses.patchguard import PatchGuard, TopCertification
 from patchproof.defenses.patchguard_plus_plus import PatchGuardPlusPlus
+from patchproof.defenses.randomized_cropping import RandomizedCropping
 from patchproof.defenses.robust_statistics import RobustStatistics
 from patchproof.defenses.view_defense import ViewDefense, ViewDetector
 
@@ -23,6 +24,7 @@ __all__ = [
     "PatchCleanser",
     "PatchGuard",
     "PatchGuardPlusPlus",
+    "RandomizedCropping",
     "RobustStatistics",
     "TopCertification",
     "ViewDefense",

@@ -35,11 +35,15 @@ def default_batch_size(image: Tensor, device: torch.device) -> int:
     return 1 << (fitting.bit_length() - 1)
 
 
-def bytes_per_image(model: nn.Module, image: Tensor) -> int:
+def bytes_per_image(model: nn.Module, run: Callable[[], object]) -> int:
     """Estimate the memory that a forward pass takes for each image of a batch.
 
     Twice the largest input and output of any one layer: a residual connection keeps a second
     activation alive.
+
+    Args:
+        model: whose layers are measured.
+        run: runs it on one image.
     """
     largest = 0
 
@@ -51,7 +55,7 @@ def bytes_per_image(model: nn.Module, image: Tensor) -> int:
     leaves = [module for module in model.modules() if not list(module.children())]
     hooks = [module.register_forward_hook(measure) for module in leaves]
     try:
-        model(image[None].clone())  # the model may change its input in place
+        run()
     finally:
         for hook in hooks:
             hook.remove()

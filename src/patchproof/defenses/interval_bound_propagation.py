@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_args
 
@@ -15,19 +14,13 @@ from torch import Tensor, nn
 
 from patchproof.aggregation.base import Stop
 from patchproof.bounds import BoundedNetwork
-from patchproof.defenses.checks import (
-    check_images,
-    check_label_range,
-    check_labels,
-    check_model,
-)
+from patchproof.defenses.batched import BatchedDefense, either
+from patchproof.defenses.checks import check_images, check_label_range, check_model
 from patchproof.defenses.inference import (
     check_batch_size,
     default_batch_size,
     fastest_batch_size,
-    model_device,
 )
-from patchproof.defenses.saved import SavedDefense
 from patchproof.models import ModelSpec
 from patchproof.precision import direct_inference
 from patchproof.results import (
@@ -60,7 +53,7 @@ _MOST_UNIONS = 20_000
 """Places of several patches together that are bounded one by one."""
 
 
-class IntervalBoundPropagation(SavedDefense):
+class IntervalBoundPropagation(BatchedDefense[Certification]):
     """A network whose margins are bounded over all contents of a patch (Chiang et al., 2020).
 
     ``predict`` is the network's own: the class of the highest logit, the lowest of equal ones. For
@@ -120,7 +113,7 @@ class IntervalBoundPropagation(SavedDefense):
         memory_budget: int | None = None,
     ) -> None:
         if method not in get_args(Method):
-            raise PatchproofError(f"method: expected {_either(get_args(Method))}, got {method!r}")
+            raise PatchproofError(f"method: expected {either(get_args(Method))}, got {method!r}")
         if method == "backward" and isinstance(threat, SparsePixels):
             raise PatchproofError("method: expected 'interval' for sparse pixels, got 'backward'")
         if not isinstance(screen, int) or screen < 1:
@@ -144,11 +137,6 @@ class IntervalBoundPropagation(SavedDefense):
         self._network: BoundedNetwork | None = None
         if channels is not None:
             self._bounded(channels)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return model_device(self.model)
 
     def describe(self) -> str:
         """Say which bounds there are, and of what."""
@@ -195,20 +183,6 @@ class IntervalBoundPropagation(SavedDefense):
         self._bounded(spec.channels)
         super().save(path, spec, made)
 
-    def predict(self, images: Tensor) -> Tensor:
-        """Return the network's label of each image.
-
-        Args:
-            images: (N, C, H, W) float32 in [0, 1].
-
-        Returns:
-            (N,) int64.
-
-        Raises:
-            PatchproofError: images of another shape, type or range, or a model in training mode.
-        """
-        return self.infer(images).label
-
     def infer(self, images: Tensor) -> Prediction:
         """Return what ``predict`` does, with the case and the model forwards of each image."""
         check_images(images, self.image_size)
@@ -222,55 +196,6 @@ class IntervalBoundPropagation(SavedDefense):
                 cases.append(case)
         label = torch.cat(labels)
         return Prediction(label, torch.cat(cases), torch.ones_like(label))
-
-    def certify(
-        self, images: Tensor, labels: Tensor, stop: Stop = "first_lost_region"
-    ) -> Certification:
-        """Certify each image for its label.
-
-        Args:
-            images: (N, C, H, W) float32 in [0, 1].
-            labels: (N,) integers, the right classes.
-            stop: ``"first_lost_region"`` leaves an image when a lower bound is not positive, which
-                is enough for accuracies; ``"never"`` bounds every region, for maps.
-
-        Returns:
-            The certificates, in the order of ``images``.
-
-        Raises:
-            PatchproofError: images or labels of another shape, type or range, no image at all, or a
-                model in training mode.
-        """
-        check_images(images, self.image_size)
-        numbers = check_labels(labels, len(images)).tolist()
-        if not len(images):
-            raise PatchproofError("images: expected at least one, got none")
-        examples = ((index, images[index], label) for index, label in enumerate(numbers))
-        parts = [part for _, part in self.certify_stream(examples, stop)]
-        return Certification.concatenate(parts, torch.arange(len(images)))
-
-    def certify_stream(
-        self, examples: Iterable[tuple[int, Tensor, int]], stop: Stop = "first_lost_region"
-    ) -> Iterator[tuple[list[int], Certification]]:
-        """Certify images as they come, and yield them batch after batch, in order.
-
-        Args:
-            examples: (key, image (C, H, W), label) triples, taken a batch at a time.
-            stop: as for ``certify``.
-
-        Yields:
-            The keys of some images, and their certificates in the same order.
-        """
-        if stop not in get_args(Stop):
-            raise PatchproofError(f"stop: expected {_either(get_args(Stop))}, got {stop!r}")
-        check_model(self.model)
-        waiting = iter(examples)
-        while taken := list(islice(waiting, self.batch_size or _IMAGES)):
-            for _, image, _ in taken:
-                check_images(image[None], self.image_size)
-            keys, images, labels = zip(*taken, strict=True)
-            stacked = torch.stack(images).to(self.device)
-            yield list(keys), self._certify(stacked, torch.tensor(labels), stop)
 
     def tune_batch_size(self, image: Tensor) -> int:
         """Measure how many images like ``image`` (C, H, W) are best bounded together, and keep it.
@@ -295,8 +220,11 @@ class IntervalBoundPropagation(SavedDefense):
         )
         return self.batch_size
 
+    @property
+    def _images_at_once(self) -> int:
+        return self.batch_size or _IMAGES
+
     def _certify(self, images: Tensor, labels: Tensor, stop: Stop) -> Certification:
-        """Certify a batch of images (N, C, H, W) on the model's device."""
         logits = self._logits(images)
         check_label_range(labels, logits.shape[1])
         prediction, case = _decide(logits)
@@ -411,9 +339,8 @@ def _each_by_itself(threat: Threat, regions: Regions) -> Corruption:
     Raises:
         PatchproofError: more places of several patches than are bounded one by one.
     """
-    one_by_one = torch.arange(len(regions))
     if threat.patches == 1:
-        return Corruption(torch.ones(len(regions), 1, dtype=torch.bool), one_by_one)
+        return Corruption.one_by_one(len(regions))
     count = min(threat.patches, len(regions))
     total = math.comb(len(regions), count)
     if total > _MOST_UNIONS:
@@ -422,10 +349,7 @@ def _each_by_itself(threat: Threat, regions: Regions) -> Corruption:
             f"{total:,} of {threat.label()}: restrict their locations, or take SparsePixels of as "
             "many pixels as the patches have"
         )
+    one_by_one = torch.arange(len(regions))
     combinations = torch.combinations(one_by_one, count)
     patterns = torch.ones(len(combinations), 1, dtype=torch.bool)
     return Corruption(patterns, one_by_one, combinations)
-
-
-def _either(names: tuple[str, ...]) -> str:
-    return " or ".join(repr(name) for name in names)

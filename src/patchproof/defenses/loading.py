@@ -13,6 +13,7 @@ from patchproof.defenses.minority_reports import MinorityReports
 from patchproof.defenses.patchcleanser import PatchCleanser
 from patchproof.defenses.patchguard import PatchGuard
 from patchproof.defenses.patchguard_plus_plus import PatchGuardPlusPlus
+from patchproof.defenses.randomized_cropping import RandomizedCropping
 from patchproof.defenses.robust_statistics import RobustStatistics
 from patchproof.models import load_classifier
 from patchproof.results import PatchproofError
@@ -25,7 +26,9 @@ FeatureDefense = (
     | BagCert
     | RobustStatistics
 )
-NamedDefense = PatchCleanser | MinorityReports | FeatureDefense | IntervalBoundPropagation
+NamedDefense = (
+    PatchCleanser | MinorityReports | FeatureDefense | IntervalBoundPropagation | RandomizedCropping
+)
 
 _TYPES: dict[str, type[NamedDefense]] = {
     defense.__name__: defense for defense in get_args(NamedDefense)

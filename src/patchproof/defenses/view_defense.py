@@ -226,7 +226,7 @@ class ViewSystem(ABC, Generic[C]):
         if self.memory_budget is None:
             return size
         with exact_inference(image.device):
-            needed = bytes_per_image(self.model, image)
+            needed = bytes_per_image(self.model, lambda: self.model(image[None].clone()))
         if needed > self.memory_budget:
             raise PatchproofError(
                 f"memory_budget: expected at least the {needed:,} bytes of one image, "

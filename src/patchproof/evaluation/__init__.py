@@ -4,6 +4,7 @@ from patchproof.evaluation.certify import Progress, certify_dataset
 from patchproof.evaluation.store import Gallery, Result, read_result
 from patchproof.evaluation.summary import (
     DetectionSummary,
+    ProbableSummary,
     Proportion,
     Summary,
     summarize,
@@ -13,6 +14,7 @@ from patchproof.evaluation.summary import (
 __all__ = [
     "DetectionSummary",
     "Gallery",
+    "ProbableSummary",
     "Progress",
     "Proportion",
     "Result",

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from patchproof.aggregation.base import Stop
 from patchproof.detection import DetectionCertification
+from patchproof.probability import ProbableCertification
 from patchproof.results import Certification, Kind, Paper
 from patchproof.threat import Threat
 
-AnyCertification = Certification | DetectionCertification
+AnyCertification = Certification | DetectionCertification | ProbableCertification
 
 
 class Certifier(Protocol):

@@ -44,8 +44,20 @@ EXAMPLES: dict[Kind, pa.Schema] = {
             "certified_threshold": pa.float64(),
         }
     ),
+    "probable": _examples(
+        {
+            "certified_with_probability": pa.bool_(),
+            "success_probability": pa.float64(),
+            "clean_probability": pa.float64(),
+            "paper_condition": pa.bool_(),
+        }
+    ),
 }
-CERTIFIED: dict[Kind, str] = {"recovery": "certified", "detection": "certified_detection"}
+CERTIFIED: dict[Kind, str] = {
+    "recovery": "certified",
+    "detection": "certified_detection",
+    "probable": "certified_with_probability",
+}
 """The column that holds the certificates of a kind of run."""
 
 TIMING = pa.schema(

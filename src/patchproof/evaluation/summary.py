@@ -103,7 +103,25 @@ class DetectionSummary(RunSummary):
     alert_rate: Proportion
 
 
-AnySummary = Summary | DetectionSummary
+@dataclass(frozen=True, kw_only=True)
+class ProbableSummary(RunSummary):
+    """The figures of a run that certifies recovery with a probability.
+
+    Attributes:
+        certified_with_probability_accuracy: a prediction is right with the probability that was
+            asked for, whatever a patch shows, wherever it is.
+        mean_success_probability: mean of the lower bounds of that probability.
+        paper_accuracy: the criterion of the defense's paper is met; None where it states none.
+        paper: whether that criterion is sound; None where there is none.
+    """
+
+    certified_with_probability_accuracy: Proportion
+    mean_success_probability: float
+    paper_accuracy: Proportion | None
+    paper: Paper | None
+
+
+AnySummary = Summary | DetectionSummary | ProbableSummary
 
 
 def summarize(
@@ -152,12 +170,22 @@ def summarize(
             certified_detection_accuracy=proportion(read["certified_detection"]),
             alert_rate=proportion(read["prediction"] == ALERT),
         )
+    criterion: dict[str, Any] = {
+        "paper_accuracy": None if paper is None else proportion(read["paper_condition"]),
+        "paper": paper,
+    }
+    if kind == "probable":
+        return ProbableSummary(
+            **shared,
+            **criterion,
+            certified_with_probability_accuracy=proportion(read["certified_with_probability"]),
+            mean_success_probability=float(read["success_probability"].mean()),
+        )
     certified_forwards = cost.loc[read.loc[read["certified"], "index"], "forwards"]
     return Summary(
         **shared,
+        **criterion,
         certified_accuracy=proportion(read["certified"]),
-        paper_accuracy=None if paper is None else proportion(read["paper_condition"]),
-        paper=paper,
         forwards_per_certified_image=(
             None if certified_forwards.empty else float(certified_forwards.mean())
         ),

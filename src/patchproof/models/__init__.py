@@ -2,6 +2,7 @@
 
 from patchproof.models.ablation import Ablation, AblationResNet, BandResNet, Kept
 from patchproof.models.bagnet import BagNet
+from patchproof.models.crops import CropResNet9
 from patchproof.models.interval import IntervalConvNet, IntervalMLP, Normalize
 from patchproof.models.preprocessed import Preprocessed
 from patchproof.models.small import SmallResNet, TinyResNet
@@ -21,6 +22,7 @@ __all__ = [
     "AblationResNet",
     "BagNet",
     "BandResNet",
+    "CropResNet9",
     "GuideUNet",
     "IntervalConvNet",
     "IntervalMLP",

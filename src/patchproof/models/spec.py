@@ -15,6 +15,7 @@ from torch import nn
 from patchproof.models.ablation import AblationResNet, BandResNet
 from patchproof.models.bagnet import BagNet
 from patchproof.models.bagnet_resnet import PreprocessedBagNet
+from patchproof.models.crops import CropResNet9
 from patchproof.models.huggingface import build_transformers
 from patchproof.models.interval import IntervalConvNet, IntervalMLP
 from patchproof.models.onnx import build_onnx
@@ -35,6 +36,7 @@ _OWN: dict[str, Callable[..., nn.Module]] = {
     "ablation-resnet": AblationResNet,
 }
 _OF_ONE_SIZE: dict[str, Callable[..., nn.Module]] = {
+    "crop-resnet9": CropResNet9,
     "ibp-mlp": IntervalMLP,
     "ibp-conv2": partial(
         IntervalConvNet, kernels=(4, 4), strides=(2, 2), widths=(4, 8), hidden=(256,)
@@ -75,10 +77,10 @@ class ModelSpec:
 
     Attributes:
         name: ``small-resnet``, ``tiny-resnet``, ``bagnet``, ``bagnet9``, ``bagnet17``,
-            ``bagnet33``, ``band-resnet``, ``ablation-resnet``, ``ibp-mlp``, ``ibp-conv2``,
-            ``ibp-conv4``, ``ibp-conv5-wide``, ``token-drop:NAME`` (a vision transformer of timm
-            that drops hidden tokens), ``timm:NAME``, ``torchvision:NAME``, ``hf:NAME`` (a
-            repository of the Hugging Face hub, or a folder), ``onnx:FILE`` or
+            ``bagnet33``, ``band-resnet``, ``ablation-resnet``, ``crop-resnet9``, ``ibp-mlp``,
+            ``ibp-conv2``, ``ibp-conv4``, ``ibp-conv5-wide``, ``token-drop:NAME`` (a vision
+            transformer of timm that drops hidden tokens), ``timm:NAME``, ``torchvision:NAME``,
+            ``hf:NAME`` (a repository of the Hugging Face hub, or a folder), ``onnx:FILE`` or
             ``python:package.module:factory``.
         classes: number of classes.
         channels: channels of the images.

@@ -118,7 +118,7 @@ def _accuracy_pictures(
     if table.empty:
         return []
     caption = "Accuracies with 95% Wilson intervals."
-    if kind == "recovery":
+    if kind != "detection":
         caption += " The hollow squares show what the paper's criterion states."
     return [
         _picture(
@@ -171,6 +171,8 @@ def _trade_off_pictures(runs: Sequence[Run], labels: Sequence[str]) -> list[dict
     """
     groups: dict[str, list[tuple[Run, str]]] = {}
     for run, label in zip(runs, labels, strict=True):
+        if run.kind == "probable":
+            continue
         groups.setdefault(run.but_for_defense(), []).append((run, label))
     pictures = []
     for group in groups.values():

@@ -11,7 +11,12 @@ from functools import cached_property
 from typing import Any
 
 from patchproof.evaluation.store import Result
-from patchproof.evaluation.summary import DetectionSummary, Proportion, Summary
+from patchproof.evaluation.summary import (
+    DetectionSummary,
+    ProbableSummary,
+    Proportion,
+    Summary,
+)
 from patchproof.results import ALERT, Kind, PatchproofError
 from patchproof.threat import SparsePixels, Threat, threat_from_dict
 from patchproof.threat.masks import Mask, unlisted_masks
@@ -29,6 +34,14 @@ MEASURES: dict[Kind, dict[str, str]] = {
         "provably stays right or alerts whatever the patch shows.",
         "clean": "The defense is right on the clean image, without an alert.",
         "alert": "The defense alerts on the clean image, which is false.",
+        "vanilla": "The undefended model is right on the clean image.",
+    },
+    "probable": {
+        "certified with probability": "A prediction, for which crops are drawn anew, is provably "
+        "right with the probability that was asked for, or a higher one, whatever the patch shows.",
+        "paper condition": "What the paper's criterion states; for comparison with published "
+        "figures.",
+        "clean": "One prediction of the defense is right on the clean image.",
         "vanilla": "The undefended model is right on the clean image.",
     },
 }
@@ -146,6 +159,11 @@ class Run:
             parts.append("balanced")
         if self.defense.get("method", "interval") != "interval":
             parts.append(f"{self.defense['method']} bounds")
+        if crop := _pair(self.defense.get("crop_size")):
+            number = f"{self.defense['crops']} " if "crops" in self.defense else ""
+            parts.append(f"{number}{self.defense['mode']} of {_once(crop)}")
+            if not self.defense.get("replacement", True):
+                parts.append("without replacement")
         if ablation := self.defense.get("ablation"):
             parts.append(f"{ablation['kind']} {ablation['size']}")
         parts += [
@@ -186,8 +204,12 @@ class Run:
                 "alert": summary.alert_rate,
                 "vanilla": summary.vanilla_accuracy,
             }
-        shares = {
-            "certified": summary.certified_accuracy,
+        promise = (
+            {"certified with probability": summary.certified_with_probability_accuracy}
+            if isinstance(summary, ProbableSummary)
+            else {"certified": summary.certified_accuracy}
+        )
+        shares = promise | {
             "paper condition": summary.paper_accuracy,
             "clean": summary.clean_accuracy,
             "vanilla": summary.vanilla_accuracy,
@@ -197,7 +219,7 @@ class Run:
     def caveat(self, measure: str) -> str:
         """Return what to bear in mind about one of the accuracies in a word, or nothing."""
         summary = self.result.summary
-        paper = isinstance(summary, Summary) and summary.paper == "unsound"
+        paper = not isinstance(summary, DetectionSummary) and summary.paper == "unsound"
         return "not sound" if paper and measure == "paper condition" else ""
 
     def certified_share(self) -> Proportion:
@@ -347,7 +369,7 @@ class Run:
             logits = f"up to {self.defense['tolerance']:g} logits"
             parts.append(
                 f"margins {logits} count as lost in a certificate"
-                if self.masks or self._is_of_bounds
+                if self.masks or self._is_of_bounds or "crop_size" in self.defense
                 else f"certificates hold if rounding moves scores by {logits}"
             )
         return "; ".join(parts)

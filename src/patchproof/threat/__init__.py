@@ -2,6 +2,7 @@
 
 from patchproof.threat.masks import MaskSet
 from patchproof.threat.patches import (
+    AnyPatch,
     AnyRectangle,
     MultiplePatches,
     RectanglePatch,
@@ -14,8 +15,10 @@ from patchproof.threat.patches import (
 )
 from patchproof.threat.regions import Box, PixelSets, Regions
 from patchproof.threat.shapes import Shape
+from patchproof.threat.transformations import transformations
 
 __all__ = [
+    "AnyPatch",
     "AnyRectangle",
     "Box",
     "MaskSet",
@@ -30,4 +33,5 @@ __all__ = [
     "StencilPatch",
     "Threat",
     "threat_from_dict",
+    "transformations",
 ]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from patchproof.results import PatchproofError, distinct_rows
 from patchproof.threat.covering import least_staircase
-from patchproof.threat.patches import AnyRectangle, MultiplePatches, Threat
+from patchproof.threat.patches import AnyPatch, AnyRectangle, MultiplePatches, Threat
 from patchproof.threat.regions import Box, ImageSize, PixelSets, check_image_size
-from patchproof.threat.shapes import Shape, pixels_of
+from patchproof.threat.shapes import Shape, largest, pixels_of
 
 Layout = Literal["paper", "balanced"]
 Mask = tuple[Box, ...]
@@ -168,21 +168,20 @@ class MaskSet:
             )
             return heights * widths
 
+        def covering_shapes(patch: Threat) -> tuple[Shape, ...]:
+            if isinstance(patch, AnyRectangle):
+                count = DEFAULT_SHAPES if shapes is None else shapes
+                return least_staircase(patch.max_pixels, size, count, hidden_pixels)
+            return patch.shapes(size)
+
         patch = threat.patch if isinstance(threat, MultiplePatches) else threat
-        if isinstance(patch, AnyRectangle):
-            covering = least_staircase(
-                patch.max_pixels,
-                size,
-                DEFAULT_SHAPES if shapes is None else shapes,
-                hidden_pixels,
-            )
-        elif shapes is not None:
+        kinds = patch.threats if isinstance(patch, AnyPatch) else (patch,)
+        if shapes is not None and not any(isinstance(kind, AnyRectangle) for kind in kinds):
             raise PatchproofError(
                 f"shapes: expected a number for any rectangle only, got {shapes} for "
                 f"{patch.label()}"
             )
-        else:
-            covering = patch.shapes(size)
+        covering = largest(shape for kind in kinds for shape in covering_shapes(kind))
         check_pairs(sum(math.prod(map(len, spans(shape))) for shape in covering))
         masks = _distinct([mask for shape in covering for mask in grid(shape)], size)
         if threat.patches > 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchproof.results import Corruption, PatchproofError
 from patchproof.threat.regions import Box, ImageSize, PixelSets, Regions, check_image_size
-from patchproof.threat.shapes import Point, Shape, touched_pixels
+from patchproof.threat.shapes import Point, Shape, largest, touched_pixels
 
 Locations = Literal["anywhere", "corners"] | Box
 
@@ -89,6 +89,31 @@ class RectanglePatch(Threat):
         _check_sides(self.height, self.width)
         shape = Shape.rectangle(self.height, self.width)
         object.__setattr__(self, "locations", _check_locations(self.locations, (shape,)))
+
+    @staticmethod
+    def of_aspect(pixels: int, ratio: float, locations: Locations = "anywhere") -> RectanglePatch:
+        """Return a rectangle of about ``pixels`` pixels (randomized cropping, Section 4.3).
+
+        Its sides are the whole numbers nearest to sqrt(pixels ratio) and sqrt(pixels / ratio), so
+        that it may have a few pixels more or less.
+
+        Args:
+            pixels: the area that the sides are for.
+            ratio: height over width.
+            locations: where the patch may be.
+        """
+        if not _is_count(pixels):
+            raise PatchproofError(f"pixels: expected at least 1, got {pixels!r}")
+        if not 0 < ratio < math.inf:
+            raise PatchproofError(f"aspect ratio: expected height over width > 0, got {ratio!r}")
+        exact = math.sqrt(pixels * ratio), math.sqrt(pixels / ratio)
+        if not 0.5 <= min(exact) <= max(exact) < math.inf:
+            raise PatchproofError(
+                f"aspect ratio: expected sides of at least half a pixel, got {exact[0]:.3g} high "
+                f"and {exact[1]:.3g} wide for {pixels} pixels"
+            )
+        height, width = (math.floor(side + 0.5) for side in exact)
+        return _rectangle(height, width, locations)
 
     def shapes(self, image_size: ImageSize) -> tuple[Shape, ...]:
         """Return the rectangle."""
@@ -187,13 +212,7 @@ class RectanglePatches(Threat):
 
     def shapes(self, image_size: ImageSize) -> tuple[Shape, ...]:
         """Return the rectangles that are not part of another."""
-        return tuple(
-            _fitting(Shape.rectangle(height, width), image_size)
-            for height, width in self.sizes
-            if not any(
-                (height, width) != (h, w) and height <= h and width <= w for h, w in self.sizes
-            )
-        )
+        return largest(_fitting(Shape.rectangle(*size), image_size) for size in self.sizes)
 
     def regions(self, image_size: ImageSize) -> Regions:
         """List every placement of every rectangle inside the image and the allowed locations."""
@@ -333,6 +352,21 @@ class StencilPatch(Threat):
         return cls(touched_pixels(corners, subpixel), _sub(name, subpixel))
 
     @classmethod
+    def rectangle(
+        cls, height: float, width: float, degrees: float, *, subpixel: bool = False
+    ) -> StencilPatch:
+        """Return a rectangle turned counterclockwise (randomized cropping, Section 4.3)."""
+        corners = _turned(_box_corners(height, width), degrees)
+        noun = "square" if height == width else "rectangle"
+        name = f"{height:g}x{width:g} {noun} at {degrees:g} degrees"
+        return cls(touched_pixels(corners, subpixel), _sub(name, subpixel))
+
+    @classmethod
+    def square(cls, side: float, degrees: float, *, subpixel: bool = False) -> StencilPatch:
+        """Return a square turned by ``degrees``."""
+        return cls.rectangle(side, side, degrees, subpixel=subpixel)
+
+    @classmethod
     def diamond(cls, diagonal: float, *, subpixel: bool = False) -> StencilPatch:
         """Return a square that stands on its corner, ``diagonal`` pixels high and wide."""
         half = diagonal / 2
@@ -354,17 +388,23 @@ class StencilPatch(Threat):
         name = f"{height:g}x{width:g} parallelogram at {degrees:g} degrees"
         return cls(touched_pixels(corners, subpixel), _sub(name, subpixel))
 
-    @classmethod
-    def square(cls, side: float, degrees: float, *, subpixel: bool = False) -> StencilPatch:
-        """Return a square turned by ``degrees``."""
-        corners = _turned(_box_corners(side, side), degrees)
-        name = f"{side:g}x{side:g} square at {degrees:g} degrees"
-        return cls(touched_pixels(corners, subpixel), _sub(name, subpixel))
-
     @property
     def shape(self) -> Shape:
         """The pixels of the patch."""
         return Shape.of(_stencil(self.rows))
+
+    def at(self, locations: Locations) -> StencilPatch:
+        """Return the same shape at other places."""
+        return StencilPatch(self.rows, self.name, locations)
+
+    def bounding_rectangle(self) -> RectanglePatch:
+        """Return the smallest upright rectangle that holds the patch, at the same locations.
+
+        Of a turned patch it is what randomized cropping, Section 4.3, takes. It contains the patch
+        at every place.
+        """
+        shape = self.shape
+        return _rectangle(shape.height, shape.width, self.locations)
 
     def shapes(self, image_size: ImageSize) -> tuple[Shape, ...]:
         """Return the shape."""
@@ -463,6 +503,57 @@ class SparsePixels(Threat):
 
 
 @dataclass(frozen=True)
+class AnyPatch(Threat):
+    """One patch of any of several kinds: the worst case over them.
+
+    Attributes:
+        threats: what the patch may be, each of them once; all of one patch.
+        name: what they are called together; by default their labels.
+    """
+
+    threats: tuple[Threat, ...]
+    name: str = ""
+
+    def __init__(self, threats: Iterable[Threat], name: str = "") -> None:
+        members: list[Threat] = []
+        for threat in threats:
+            members += threat.threats if isinstance(threat, AnyPatch) else [_one_patch(threat)]
+        if not members:
+            raise PatchproofError("patches to choose from: expected at least one, got none")
+        object.__setattr__(self, "threats", tuple(dict.fromkeys(members)))
+        object.__setattr__(self, "name", name)
+
+    def shapes(self, image_size: ImageSize) -> tuple[Shape, ...]:
+        """Return the shapes of all that are not part of another."""
+        return largest(shape for threat in self.threats for shape in threat.shapes(image_size))
+
+    def regions(self, image_size: ImageSize) -> Regions:
+        """List the regions of all, those that several have in common once."""
+        groups = [threat.regions(image_size).parts for threat in self.threats]
+        return Regions.join(image_size, groups).distinct()
+
+    def label(self) -> str:
+        """Return the name, or such as ``"5x5 square or 3x8 rectangle"``."""
+        return self.name or " or ".join(threat.label() for threat in self.threats)
+
+    def describe(self) -> str:
+        """Say what the patch may be."""
+        kinds = "; ".join(threat.label() for threat in self.threats)
+        return (
+            "one patch with any content, any of these (anywhere on the image where no place is "
+            f"said): {kinds}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what the patch may be as JSON values."""
+        return {
+            "type": "any",
+            "threats": [threat.to_dict() for threat in self.threats],
+            "name": self.name,
+        }
+
+
+@dataclass(frozen=True)
 class MultiplePatches(Threat):
     """Several patches at once, each with any content, anywhere that one may be (Section 5.1).
 
@@ -477,9 +568,7 @@ class MultiplePatches(Threat):
     def __post_init__(self) -> None:
         if not _is_count(self.count):
             raise PatchproofError(f"number of patches: expected at least 1, got {self.count!r}")
-        several = (MultiplePatches, SparsePixels)
-        if not isinstance(self.patch, Threat) or isinstance(self.patch, several):
-            raise PatchproofError(f"patch: expected a threat of one patch, got {self.patch!r}")
+        _one_patch(self.patch)
 
     @property
     def patches(self) -> int:
@@ -521,20 +610,35 @@ def threat_from_dict(values: dict[str, Any]) -> Threat:
     place = _check_locations(values.get("locations", "anywhere"), ())
     match values:
         case {"type": "rectangle", "height": int(height), "width": int(width)}:
-            if height == width:
-                return SquarePatch(height, place)
-            return RectanglePatch(height, width, place)
+            return _rectangle(height, width, place)
         case {"type": "rectangles", "sizes": [*sizes]}:
             return RectanglePatches(sizes, place)
         case {"type": "any-rectangle", "max_pixels": int(pixels)}:
             return AnyRectangle(pixels, place)
         case {"type": "stencil", "rows": [*rows], "name": str(name)}:
             return StencilPatch(rows, name, place)
+        case {"type": "any", "threats": [*threats], "name": str(name)} if all(
+            isinstance(threat, dict) for threat in threats
+        ):
+            return AnyPatch(map(threat_from_dict, threats), name)
         case {"type": "multiple", "count": int(count), "patch": dict(patch)}:
             return MultiplePatches(count, threat_from_dict(patch))
         case {"type": "sparse", "count": int(count)}:
             return SparsePixels(count)
     raise PatchproofError(f"expected a threat written by to_dict, got {values!r}")
+
+
+def _rectangle(height: int, width: int, locations: Locations) -> RectanglePatch:
+    """Return a rectangle, as a square where it is one."""
+    if height == width:
+        return SquarePatch(height, locations)
+    return RectanglePatch(height, width, locations)
+
+
+def _one_patch(threat: object) -> Threat:
+    if not isinstance(threat, Threat) or isinstance(threat, (MultiplePatches, SparsePixels)):
+        raise PatchproofError(f"patch: expected a threat of one patch, got {threat!r}")
+    return threat
 
 
 def _placements(shapes: tuple[Shape, ...], image_size: ImageSize, locations: Locations) -> Regions:

@@ -115,6 +115,11 @@ class Regions:
     def __len__(self) -> int:
         return len(self.parts)
 
+    def distinct(self) -> Regions:
+        """Return the regions without those whose boxes an earlier one has."""
+        first = _distinct_spans(self.parts, max(self.image_size) + 1)[0]
+        return Regions(self.image_size, self.parts[first.sort().values])
+
     def box(self, index: int) -> Box:
         """Return the smallest box that holds region ``index``."""
         parts = [Box(*part) for part in self.parts[index].tolist() if part[2]]

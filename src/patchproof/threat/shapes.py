@@ -74,6 +74,26 @@ class Shape:
         return boxes_of(swept)
 
 
+def largest(shapes: Iterable[Shape]) -> tuple[Shape, ...]:
+    """Return the distinct shapes that are not part of a rectangle among them wherever they are.
+
+    A rectangle as high and as wide contains a shape at all its places inside the image. A stencil
+    does not, even if all pixels of the shape are in it: it does not reach every place.
+    """
+    distinct = tuple(dict.fromkeys(shapes))
+    return tuple(
+        shape
+        for shape in distinct
+        if not any(
+            shape != other
+            and len(other.parts) == 1
+            and shape.height <= other.height
+            and shape.width <= other.width
+            for other in distinct
+        )
+    )
+
+
 def pixels_of(boxes: Iterable[Box], size: tuple[int, int]) -> Tensor:
     """Return the pixels in a union of boxes, (H, W) bool."""
     inside = torch.zeros(size, dtype=torch.bool)

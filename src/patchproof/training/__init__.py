@@ -2,6 +2,7 @@
 
 from patchproof.training.ablation import AblationRecipe
 from patchproof.training.bagcert import BagCertRecipe
+from patchproof.training.crops import CropRecipe
 from patchproof.training.cutout import CutoutRecipe
 from patchproof.training.evidence import ClippedRecipe, MaskedEvidenceRecipe, RankRecipe
 from patchproof.training.interval_bounds import IntervalBoundsRecipe
@@ -13,6 +14,7 @@ __all__ = [
     "AblationRecipe",
     "BagCertRecipe",
     "ClippedRecipe",
+    "CropRecipe",
     "CutoutRecipe",
     "GreedyMasks",
     "IntervalBoundsRecipe",

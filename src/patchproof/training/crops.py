@@ -1,0 +1,133 @@
+"""Recipe ``crops``: train on random crops, as randomized cropping classifies by them.
+
+Randomized cropping classifies many crops of an image and counts their votes. Algorithm 1 of its
+paper trains the network on what it will see: of every image in every step one crop, drawn uniformly
+over all places. Nothing in it depends on the patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from patchproof.models import ModelSpec
+from patchproof.models.crops import CropNetwork, CropSize, check_crop_size, cut
+from patchproof.results import PatchproofError
+from patchproof.training.recipe import Recipe
+
+VALIDATION_IMAGES = 1000
+"""Most validation images: each is classified once for each of the crops."""
+
+VALIDATION_CROPS = 49
+"""Crops that vote in a validation, on a grid of 7 by 7 places."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CropRecipe(Recipe):
+    """Train on one random crop of each image (Algorithm 1).
+
+    A network with a method ``cropped`` is told where the crop is; any other sees the crop alone.
+    The epoch is chosen by the accuracy of a majority vote of up to 49 evenly spread crops on at
+    most 1,000 validation images.
+
+    Attributes:
+        crop_size: (height, width) of the crops in pixels.
+    """
+
+    crop_size: CropSize
+
+    @property
+    def name(self) -> str:
+        """Return ``crops``."""
+        return "crops"
+
+    @property
+    def measures(self) -> Mapping[str, str]:
+        """Return the accuracy of the majority vote, and that of single crops."""
+        return {
+            "vote_accuracy": "validation accuracy of the vote",
+            "crop_accuracy": "of one crop",
+        }
+
+    @property
+    def chosen_by(self) -> str:
+        """Return the accuracy of the vote."""
+        return "vote_accuracy"
+
+    @property
+    def validation_images(self) -> int | None:
+        """Return the most validation images."""
+        return VALIDATION_IMAGES
+
+    def draw(self, spec: ModelSpec, count: int) -> Tensor | None:
+        """Return the corners of the crops of a validation, (V, 2) int64."""
+        size = check_crop_size(self.crop_size, spec.image_size)
+        side = round(VALIDATION_CROPS**0.5)
+        rows, columns = (
+            torch.unique(torch.linspace(0, length - crop, side).round().long())
+            for length, crop in zip(spec.image_size, size, strict=True)
+        )
+        return torch.cartesian_prod(rows, columns)
+
+    def check(self, network: nn.Module, spec: ModelSpec) -> None:
+        """Raise ``PatchproofError`` if the network was made for crops of another size."""
+        made_for = getattr(network, "crop_size", self.crop_size)
+        if made_for != self.crop_size:
+            raise PatchproofError(
+                f"expected the crops that the network was made for, {made_for}, "
+                f"got {self.crop_size}"
+            )
+
+    def loss(
+        self, network: nn.Module, views: Tensor, labels: Tensor, drawn: Tensor | None
+    ) -> Tensor:
+        """Return the cross-entropy of one random crop of each image."""
+        corners = torch.stack(
+            [
+                torch.randint(0, length - crop + 1, (len(views),))
+                for length, crop in zip(views.shape[2:], self.crop_size, strict=True)
+            ],
+            dim=1,
+        )
+        logits = self.cropped(network, views, corners.to(views.device))
+        return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+    def validate(
+        self,
+        network: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        drawn: Tensor | None,
+        positions: slice,
+    ) -> dict[str, Tensor]:
+        """Return which images the vote gets right, and the share of crops that are right."""
+        assert drawn is not None
+        votes = torch.stack(
+            [
+                self.cropped(network, images, corner.expand(len(images), -1)).argmax(1)
+                for corner in drawn
+            ],
+            dim=1,
+        )
+        counts = functional.one_hot(votes).sum(1)  # a tie goes to the lowest class, as in defenses
+        return {
+            "vote_accuracy": counts.argmax(1) == labels,
+            "crop_accuracy": (votes == labels.unsqueeze(1)).float().mean(1),
+        }
+
+    def cropped(self, network: nn.Module, images: Tensor, corners: Tensor) -> Tensor:
+        """Return logits (N, classes) of one crop of each image (N, C, H, W), at (N, 2)."""
+        each = torch.arange(len(images), device=images.device)
+        if hasattr(network, "cropped"):
+            return cast(CropNetwork, network).cropped(images, each, corners)
+        logits: Tensor = network(cut(images, each, corners, self.crop_size))
+        return logits
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as JSON values."""
+        return super().to_dict() | {"crop_size": list(self.crop_size)}

@@ -1,0 +1,112 @@
+"""Crops of the image: where they are, how they are drawn, and which ones a patch meets."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from patchproof.models.crops import CropSize, check_crop_size
+from patchproof.results import PatchproofError
+from patchproof.threat import Regions
+from patchproof.threat.regions import ImageSize
+
+
+class CropPlaces:
+    """Every place of a crop of one size in an image; place p is row p // w and column p % w.
+
+    Args:
+        image_size: (H, W) in pixels.
+        crop_size: side of the crops, or (height, width), in pixels.
+
+    Attributes:
+        crop_size: (height, width).
+        grid: (h, w) of the places, (H - height + 1, W - width + 1).
+        count: V = h * w (Equation 3).
+
+    Raises:
+        PatchproofError: crops larger than the image.
+    """
+
+    def __init__(self, image_size: ImageSize, crop_size: int | CropSize) -> None:
+        self.crop_size = check_crop_size(crop_size, image_size)
+        self.grid = (
+            image_size[0] - self.crop_size[0] + 1,
+            image_size[1] - self.crop_size[1] + 1,
+        )
+        self.count = math.prod(self.grid)
+
+    def corners(self, places: Tensor) -> Tensor:
+        """Return the top left pixel of each place, (..., 2) int64, of (...) int64."""
+        return torch.stack([places // self.grid[1], places % self.grid[1]], -1)
+
+    def check_number(self, number: object, replacement: bool) -> int:
+        """Return a number of crops that can be drawn, or raise ``PatchproofError``."""
+        most = math.inf if replacement else self.count
+        if isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= most:
+            return number
+        limit = "" if replacement else f" and at most the {self.count} places, without replacement"
+        raise PatchproofError(f"crops: expected a number >= 1{limit}, got {number!r}")
+
+    def draw(
+        self, images: int, number: int, replacement: bool, generator: torch.Generator
+    ) -> Tensor:
+        """Draw places uniformly, (images, number) int64, by a generator on the CPU.
+
+        Args:
+            images: how many draws, each independent of the others.
+            number: of crops in each.
+            replacement: whether a draw may hold a place twice.
+            generator: of the random numbers.
+        """
+        if replacement:
+            return torch.randint(self.count, (images, number), generator=generator)
+        if images == 0:
+            return torch.empty(0, number, dtype=torch.int64)
+        return torch.stack(
+            [torch.randperm(self.count, generator=generator)[:number] for _ in range(images)]
+        )
+
+    def meeting(self, regions: Regions) -> Regions:
+        """Return the places whose crops meet each patch region, as regions of the grid.
+
+        A crop meets a box of pixels if it begins less than its own size before the box, or in it
+        (Equations 2 and 7 count these for a rectangle at the centre). The places for a region of
+        several boxes are the union of theirs.
+
+        Args:
+            regions: R regions of the image.
+        """
+        parts = regions.parts
+        first = (parts[..., :2] - torch.tensor(self.crop_size) + 1).clamp(min=0)
+        last = torch.minimum(parts[..., :2] + parts[..., 2:], torch.tensor(self.grid))
+        used = parts[..., 2:3] > 0
+        boxes = torch.cat([first, last - first], -1) * used
+        single = Regions(self.grid, boxes.view(-1, 1, 4))
+        return single.unions(torch.arange(len(single)).view(len(parts), -1))
+
+
+def box_sums(values: Tensor, boxes: Tensor) -> Tensor:
+    """Add up values on a grid over unions of disjoint boxes, by a summed-area table.
+
+    Args:
+        values: (..., h, w) integers, so that every sum is exact.
+        boxes: (R, B, 4) int64, as of ``Regions``.
+
+    Returns:
+        (..., R) integers of the same type.
+    """
+    table = functional.pad(
+        values.cumsum(-1, dtype=values.dtype).cumsum(-2, dtype=values.dtype), (1, 0, 1, 0)
+    ).flatten(-2)
+    width = values.shape[-1] + 1
+    top, left, height, across = boxes.unbind(-1)
+    sums = table.new_zeros(*values.shape[:-2], len(boxes))
+    for part in range(boxes.shape[1]):
+        rows, columns = top[:, part], left[:, part]
+        end, right = rows + height[:, part], columns + across[:, part]
+        sums += table[..., end * width + right] - table[..., rows * width + right]
+        sums += table[..., rows * width + columns] - table[..., end * width + columns]
+    return sums
