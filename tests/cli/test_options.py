@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from patchproof import (
+    AnyPatch,
     AnyRectangle,
     Box,
     MultiplePatches,
@@ -19,6 +20,7 @@ from patchproof import (
     SparsePixels,
     SquarePatch,
     StencilPatch,
+    transformations,
 )
 from patchproof.cli.building import choose_slice, pick_device, read_rows
 from patchproof.cli.options import parse_memory, parse_option, parse_pair, parse_threat
@@ -65,6 +67,49 @@ def test_what_is_no_memory_size_is_refused(text: str) -> None:
         ("line:12x2@30", None, "anywhere", StencilPatch.line(12, 2, 30)),
         ("line:4", None, "anywhere", StencilPatch.line(4)),
         ("square:5@45", None, "anywhere", StencilPatch.square(5, 45)),
+        ("rectangle:12x2@45", None, "corners", StencilPatch.rectangle(12, 2, 45).at("corners")),
+        ("rectangle:3.5x2", None, "anywhere", StencilPatch.rectangle(3.5, 2, 0)),
+        ("bounds:square:5@45", None, "anywhere", SquarePatch(8)),
+        ("Bounds: line:12x2@0", None, "corners", RectanglePatch(2, 12, "corners")),
+        ("aspect:25@2.7:1", None, "anywhere", RectanglePatch(8, 3)),
+        ("aspect: 25 @ 1 : 6", None, "corners", RectanglePatch(2, 12, "corners")),
+        ("aspect:25@1:1", None, "anywhere", SquarePatch(5)),
+        ("5+3x8", None, "anywhere", AnyPatch([SquarePatch(5), RectanglePatch(3, 8)])),
+        (
+            "2.4% + any:1% + square:5@45",
+            None,
+            "anywhere",
+            AnyPatch([SquarePatch(5), AnyRectangle(10), StencilPatch.square(5, 45)]),
+        ),
+        (
+            "3x8,8x3+diamond:5",
+            None,
+            "corners",
+            AnyPatch(
+                [
+                    RectanglePatches([(3, 8), (8, 3)], "corners"),
+                    StencilPatch.diamond(5).at("corners"),
+                ]
+            ),
+        ),
+        ("transformed:5", None, "anywhere", transformations(5)["worst case"]),
+        (
+            "transformed:5+any:4",
+            None,
+            "0,0,16,16",
+            AnyPatch(
+                [
+                    transformations(5, Box(0, 0, 16, 16))["worst case"],
+                    AnyRectangle(4, Box(0, 0, 16, 16)),
+                ]
+            ),
+        ),
+        (
+            "2*5+3x8",
+            None,
+            "anywhere",
+            MultiplePatches(2, AnyPatch([SquarePatch(5), RectanglePatch(3, 8)])),
+        ),
         ("diamond:7.5", None, "anywhere", StencilPatch.diamond(7.5)),
         ("parallelogram:4x6@-20", None, "anywhere", StencilPatch.parallelogram(4, 6, -20)),
         ("2*5", None, "anywhere", MultiplePatches(2, SquarePatch(5))),
@@ -87,6 +132,9 @@ def test_a_stencil_is_every_pixel_of_a_picture_that_is_not_black(tmp_path: Path)
     Image.fromarray(pixels).save(tmp_path / "Shape.png")
     threat = parse_threat(f"stencil:{tmp_path / 'Shape.png'}", None, "anywhere", (32, 32))
     assert threat == StencilPatch(["##", "#."])
+    text = f"2*4+bounds:stencil:{tmp_path / 'Shape.png'}"
+    either = MultiplePatches(2, AnyPatch([SquarePatch(4), SquarePatch(2)]))
+    assert parse_threat(text, None, "anywhere", (32, 32)) == either
     Image.fromarray(pixels[..., 0].astype(np.float32)).save(tmp_path / "float.tiff")
     with pytest.raises(PatchproofError, match="mode F"):
         parse_threat(f"stencil:{tmp_path / 'float.tiff'}", None, "anywhere", (32, 32))
@@ -122,6 +170,25 @@ def test_a_stencil_is_every_pixel_of_a_picture_that_is_not_black(tmp_path: Path)
         ("sparse:few", None, "anywhere", "sparse:4"),
         ("sparse:4", None, "corners", "--locations: expected anywhere for sparse:4"),
         ("2*sparse:4", None, "anywhere", "expected a threat of one patch"),
+        ("5+sparse:4", None, "anywhere", "expected a threat of one patch"),
+        ("5+2*4", None, "anywhere", "number of patches before"),
+        ("5+", None, "anywhere", "--patch: expected a number such as 6"),
+        ("5+33", None, "anywhere", "no larger than the 32x32 image"),
+        ("5+12x2", None, "0,0,9,9", "holds a 12x2 patch"),
+        ("rectangle:5@45", None, "anywhere", "rectangle:12x2@45"),
+        ("rectangle:0x5@45", None, "anywhere", "positive lengths"),
+        ("bounds:5", None, "anywhere", "bounds: and one of these"),
+        ("bounds:" * 2000 + "square:5", None, "anywhere", "bounds: and one of these"),
+        ("aspect:25", None, "anywhere", "aspect:25@2.7:1"),
+        ("aspect:25@6", None, "anywhere", "aspect:25@2.7:1"),
+        ("aspect:25@1:0", None, "anywhere", "aspect:25@2.7:1"),
+        ("aspect:25@-6:-1", None, "anywhere", "aspect:25@2.7:1"),
+        ("aspect:25@0:1", None, "anywhere", "aspect ratio"),
+        ("aspect:0@1:1", None, "anywhere", "pixels: expected at least 1"),
+        ("aspect:4@99:1", None, "anywhere", "half a pixel"),
+        ("transformed:5@30", None, "anywhere", "transformed:5"),
+        ("transformed:1", None, "anywhere", "half a pixel"),
+        ("transformed:20", None, "anywhere", "no larger than the 32x32 image, got 33x12"),
     ],
 )
 def test_impossible_threats(patch: str, covering: float, locations: str, message: str) -> None:

@@ -43,7 +43,7 @@ def test_all_regions_give_the_loss_and_gradient_of_the_worst_of_all():
     found = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
     bounded = BoundedNetwork(model, (1, 10, 9))
-    boxes = recipe().boxes((10, 9))
+    boxes = recipe().boxes((1, 10, 9))
     margins = bounded.margins(bounded.prepare(images, labels, slack=False), boxes).amin(0)
     expected = functional.cross_entropy(-margins, labels)
     expected.backward()
@@ -57,7 +57,7 @@ def test_a_guide_that_knows_the_margins_finds_the_worst_regions():
     images, labels = batch()
     model = network()
     settings = recipe(strategy="guided", regions=3)
-    boxes = settings.boxes((10, 9))
+    boxes = settings.boxes((1, 10, 9))
     bounded = BoundedNetwork(model, (1, 10, 9))
     with torch.no_grad():
         margins = bounded.margins(bounded.prepare(images, labels, slack=False), boxes)
@@ -74,7 +74,7 @@ def test_the_error_of_the_guide_is_that_of_the_regions_drawn():
     model = network()
     settings = recipe(strategy="guided", regions=6)
     guide = settings.companion(SPEC)
-    boxes = settings.boxes((10, 9))
+    boxes = settings.boxes((1, 10, 9))
     assert guide(images).shape == (6, 3, 9, 8)
     torch.manual_seed(5)
     loss = settings.step_loss(Step(model, guide, images, labels, None, 1.0))
@@ -98,7 +98,7 @@ def test_the_error_of_the_guide_is_that_of_the_regions_drawn():
 
 @pytest.mark.parametrize(("pool", "expected"), [((2,), 20), ((4,), 6), ((2, 2), 6), ((3,), 9)])
 def test_tiles_hold_every_place_and_join_neighbours_first(pool, expected):
-    boxes = recipe().boxes((10, 9))  # 9x8 places
+    boxes = recipe().boxes((1, 10, 9))  # 9x8 places
     groups = tiles(boxes, pool)
     side = int(torch.tensor(pool).prod())
     assert groups.shape == (expected, side**2)

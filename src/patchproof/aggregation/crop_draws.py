@@ -53,46 +53,51 @@ def overtaking(
     Returns:
         (...) float64, no less than the exact value by rounding.
     """
-    exact = _with_replacement if replacement else _without_replacement
-    per_pair = draws + 2 if replacement else (draws // 2 + 1) * (draws + 1)
-    at_once = max(1, _VALUES // per_pair)
+    at_once = max(1, _VALUES // (draws + 1))
     parts = zip(
         torch.split(own.flatten(), at_once), torch.split(other.flatten(), at_once), strict=True
     )
-    chances = [exact(some_own, some_other, places, draws) for some_own, some_other in parts]
+    chances = [
+        _overtaking(some_own, some_other, places, draws, replacement)
+        for some_own, some_other in parts
+    ]
     return (torch.cat(chances).view(own.shape) + _SLACK).clamp(max=1.0)
 
 
-def _with_replacement(own: Tensor, other: Tensor, places: int, draws: int) -> Tensor:
-    """Invert the characteristic function of N_c - N_y, a sum of ``draws`` steps of -1, 0 or 1."""
-    period = 2 * draws + 2
-    angles = torch.arange(draws + 2, dtype=torch.float64) * (2 * torch.pi / period)
-    steps = torch.arange(draws + 1, dtype=torch.float64)
-    weight = torch.polar(torch.ones(1, 1).double(), -angles[:, None] * steps).sum(1) / period
-    weight[1:-1] *= 2  # the other half of the circle is conjugate
-    up, down = (count[:, None].double() / places for count in (other, own))
-    real = 1 - up - down + (up + down) * angles.cos()
-    step = torch.complex(real, (up - down) * angles.sin())
-    return (step**draws * weight).real.sum(1).clamp(min=0.0)
+def _overtaking(own: Tensor, other: Tensor, places: int, draws: int, replacement: bool) -> Tensor:
+    """Return ``overtaking`` of (P,) pairs but for the slack.
+
+    Let m of the drawn votes be for either of the two, one after the other. That the class has at
+    least as many becomes less likely when the label gets ahead of a tie, and more likely when a
+    vote for the class makes a tie, which of all orders with that tie are half.
+    """
+    k = torch.arange(draws // 2 + 1, dtype=torch.float64)  # votes for each at a tie
+    used = torch.zeros_like(k) if replacement else k
+    left = (own + other)[:, None] - 2 * used
+    ahead = (own[:, None] - used).clamp(min=0) / left.clamp(min=1)
+    left = left if replacement else left - 1
+    back = (other[:, None] - used).clamp(min=0) / left.clamp(min=1)
+    ties = functional.pad((ahead * back * (4 * k + 2) / (k + 1)).cumprod(1), (1, 0), value=1.0)
+    steps = torch.stack([-ties[:, :-1] * ahead, ties[:, 1:] / 2], 2).flatten(1)[:, :draws]
+    at_least = 1 + functional.pad(steps.cumsum(1), (1, 0))  # after m = 0 to n of these votes
+    sums, index = torch.unique(own + other, return_inverse=True)
+    return (at_least * _drawn_of(sums, places, draws, replacement)[index]).sum(1)
 
 
-def _without_replacement(own: Tensor, other: Tensor, places: int, draws: int) -> Tensor:
-    """Add up C(Y, i) C(C, j) C(V - Y - C, n - i - j) / C(V, n) over i <= j."""
-    log_factorial = torch.lgamma(torch.arange(places + 2, dtype=torch.float64) + 1)
+def _drawn_of(votes: Tensor, places: int, draws: int, replacement: bool) -> Tensor:
+    """Return the probability that m = 0 to n drawn places are of (S,), (S, n + 1) float64."""
+    rest = places - votes[:, None]
+    if not replacement:
+        return (_log_choose(votes[:, None], draws) + _log_choose(rest, draws).flip(1)).softmax(1)
+    m = torch.arange(draws + 1, dtype=torch.float64)
+    logs = m.xlogy(votes[:, None]) + (draws - m).xlogy(rest)
+    return (logs + _log_choose(torch.tensor([[draws]]), draws)).softmax(1)
 
-    def log_choose(of: Tensor, chosen: Tensor) -> Tensor:
-        possible = (chosen >= 0) & (chosen <= of)
-        k = torch.where(possible, chosen, 0)
-        value = log_factorial[of] - log_factorial[k] - log_factorial[of - k]
-        return value.masked_fill(~possible, -torch.inf)
 
-    i = torch.arange(draws // 2 + 1)[:, None]
-    j = torch.arange(draws + 1)
-    y, c = own[:, None, None], other[:, None, None]
-    logs = log_choose(y, i) + log_choose(c, j) + log_choose(places - y - c, draws - i - j)
-    logs = logs.masked_fill(j < i, -torch.inf)
-    total = log_choose(torch.tensor(places), torch.tensor(draws))
-    return (logs - total).exp().sum((1, 2))
+def _log_choose(of: Tensor, most: int) -> Tensor:
+    """Return the logarithms of C(of, k) for k = 0 to ``most``, (S, most + 1), of (S, 1)."""
+    k = torch.arange(most, dtype=torch.float64)
+    return functional.pad(((of - k).clamp(min=0) / (k + 1)).log().cumsum(1), (1, 0))
 
 
 class ChanceTable:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from patchproof.bounds.windows import Clean, Windows, cut, inside_map
+from patchproof.bounds.windows import Clean, Windows, inside_map, places
 
 if TYPE_CHECKING:
     from patchproof.threat.regions import Regions
@@ -26,6 +26,7 @@ class PatchBoxes:
         epsilon: 1 for any content; less while training warms up.
         joined: how many regions, one after the other, are bounded as one from the first layer on,
             how many of these from the second on, and so forth (Appendix A.3).
+        places: (L, C h w) int64, the pixels of flattened images that they are on, where known.
     """
 
     starts: Tensor
@@ -34,6 +35,15 @@ class PatchBoxes:
     shape: Tensor | None = None
     epsilon: float = 1.0
     joined: tuple[int, ...] = ()
+    places: Tensor | None = None
+
+    def on(self, image_shape: tuple[int, int, int]) -> PatchBoxes:
+        """Return them with their places on images (C, H, W), cut off where they stick out."""
+        shape = self.shape
+        inside = inside_map(self.starts, self.size, image_shape[1:])
+        if inside is not None:
+            shape = inside[:, 0, 0] if shape is None else shape & inside[:, 0, 0]
+        return replace(self, shape=shape, places=places(image_shape, self.starts, self.size))
 
     def choose(self, chosen: Tensor) -> PatchBoxes:
         """Return some of the patches, by (n,) indices, for all images."""
@@ -41,6 +51,7 @@ class PatchBoxes:
             self,
             starts=self.starts[chosen],
             shape=None if self.shape is None else self.shape[chosen],
+            places=None if self.places is None else self.places[chosen],
         )
 
 
@@ -72,19 +83,25 @@ def patch_boxes(regions: Regions) -> list[tuple[Tensor, PatchBoxes]]:
 def pixel_bounds(clean: Clean, boxes: PatchBoxes) -> Windows:
     """Return the bounds of the pixels, around the middle of what the patch may show."""
     images = clean.value
-    before = cut(images, boxes.starts, boxes.size, boxes.each)
-    shape = inside_map(boxes.starts, boxes.size, (images.shape[2], images.shape[3]))
-    if boxes.shape is not None:
-        own = boxes.shape[:, None, None]
-        shape = own if shape is None else shape & own
+    count, channels, height, width = images.shape
+    if boxes.places is None:
+        boxes = boxes.on((channels, height, width))
+    assert boxes.places is not None
+    index = boxes.places.to(images.device)
+    if boxes.each is None:
+        before = torch.index_select(clean.by_place, 0, index.flatten())
+        before = before.reshape(len(index), channels, *boxes.size, count).permute(0, 4, 1, 2, 3)
+    else:
+        before = clean.by_place.T.gather(1, index.reshape(count, -1))
+        before = before.reshape(len(index), 1, channels, *boxes.size)
     if boxes.epsilon >= 1:
         shift = 0.5 - before
-        radius = before.new_full((len(boxes.starts), 1, images.shape[1], *boxes.size), 0.5)
+        radius = before.new_full((len(boxes.starts), 1, channels, *boxes.size), 0.5)
     else:
         lower = (before - boxes.epsilon).clamp(min=0)
         upper = (before + boxes.epsilon).clamp(max=1)
         shift, radius = (lower + upper) / 2 - before, (upper - lower) / 2
-    if shape is not None:
-        shape = shape.to(images.device)
+    if boxes.shape is not None:
+        shape = boxes.shape[:, None, None].to(images.device)
         shift, radius = shift * shape, radius * shape
-    return Windows(clean, shift, radius, boxes.starts, boxes.each)
+    return Windows(clean, shift, radius, boxes.starts, boxes.each, index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from patchproof.bounds.operators import (
+    Affine,
     Convolution,
     Flatten,
     Linear,
@@ -127,6 +129,12 @@ def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Step]:
                 steps.append(Step(_name(node), made, tuple(number[arg] for arg in taken)))
     if not steps:
         raise PatchproofError("bounds: expected a network with a layer, got none")
+    uses = Counter(place for step in steps for place in step.inputs)
+    for step in steps:
+        if isinstance(step.operator, Monotone):
+            (place,) = step.inputs
+            given = steps[place].operator if place >= 0 else None
+            step.operator.alone = uses[place] == 1 and isinstance(given, Affine)
     return steps
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from patchproof.bounds.operators import Linear
 from patchproof.bounds.windows import SMALLEST, Centred, Everywhere, gamma, rows
@@ -24,7 +25,10 @@ class MergedLayer(ABC):
 
     @abstractmethod
     def margins(self, given: Everywhere | Centred) -> Tensor:
-        """Return lower bounds of the margins, (L, N, classes) or (L, 1, classes)."""
+        """Return lower bounds of the margins, (L, N, classes) or (L, 1, classes).
+
+        Of the label itself 0, or with slack infinity: the least of all is that of the others.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +56,11 @@ class ByPairs(MergedLayer):
         one, other = torch.triu_indices(len(weight), len(weight), 1, device=weight.device)
         pair = weight.new_zeros(len(weight), len(weight), dtype=torch.int64)
         pair[one, other] = pair[other, one] = torch.arange(len(one), device=weight.device)
-        logits = self.final.forward((given.lower + given.upper) / 2)
-        radius = (given.upper - given.lower) / 2
-        differences = (weight[one] - weight[other]).abs()
-        spreads = (differences @ radius.flatten(0, 1).T).T.reshape(*radius.shape[:2], -1)
-        labels = rows(self.labels, given.each)[:, :, None].expand(*radius.shape[:2], 1)
+        lower, upper = given.lower, given.upper
+        logits = functional.linear(lower + upper, weight / 2, self.final.bias)
+        differences = (weight[one] - weight[other]).abs() / 2
+        spreads = (differences @ (upper - lower).flatten(0, 1).T).T.reshape(*logits.shape[:2], -1)
+        labels = rows(self.labels, given.each)[:, :, None].expand(*logits.shape[:2], 1)
         spread = spreads.gather(2, pair[labels[:, :, 0]]).scatter(2, labels, 0.0)
         return logits.gather(2, labels) - logits - spread
 
@@ -139,6 +143,7 @@ def merge(final: Linear, labels: Tensor, *, slack: bool, never_negative: bool) -
     term = term - 8 * weight.shape[1] * SMALLEST
     if bias is not None:
         term = term - relative * (bias[labels].abs()[:, None] + bias.abs())
+    term = term.scatter(1, labels[:, None], torch.inf)
     if never_negative:
         return ByImages(above, below - rounding, term, None)
     return ByImages(above, below, term, rounding)

@@ -30,6 +30,7 @@ from patchproof.bounds.windows import (
     inside_map,
     padded,
     placed,
+    places,
     rows,
     widened,
     widening,
@@ -184,38 +185,39 @@ class Linear(Weighted):
 
         The features are the flattened maps that the windows are on.
         """
-        shape = given.clean.value.shape[1:]
         shift, radius = given.shift.flatten(2), given.radius.flatten(2)
         if given.each is None:
-            return self._by_regions(clean.value, shape, given)
+            return self._by_regions(clean.value, given.places, shift, radius)
         distinct, which = torch.unique(given.starts, dim=0, return_inverse=True)
         if len(distinct) * 4 > len(given.starts):
-            moved, spread = _by_bags(self.weight, shape, given)
+            moved, spread = (
+                sums[:, None]
+                for sums in _Bags.apply(given.places, self._table(), shift[:, 0], radius[:, 0])
+            )
         else:
+            shape = given.clean.value.shape[1:]
             columns = weight_columns(self.weight, shape, distinct, given.size)
             moved, spread = _by_groups(columns, which, shift, radius)
         return rows(clean.value, given.each) + moved, spread
 
     def _by_regions(
-        self, value: Tensor, shape: torch.Size, given: Windows
+        self, value: Tensor, index: Tensor, shift: Tensor, radius: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Multiply windows that all images have."""
-        shift, radius = given.shift.flatten(2), given.radius.flatten(2)
+        """Multiply windows that all images have, at the places (L, features) of an index."""
         count, outputs = value.shape
         table = self._table()
-        places = weight_places(shape, given.starts, given.size).to(value.device)
         centre = self._buffer("centre", shift, (len(shift), count, outputs))
         spread = self._buffer("spread", shift, (len(shift), radius.shape[1], outputs))
         if centre is None or spread is None:
-            columns = functional.embedding(places, table)
+            columns = functional.embedding(index, table)
             centre = torch.baddbmm(value.expand(len(shift), -1, -1), shift, columns)
             return centre, torch.bmm(radius, columns.abs())
-        at_once = max(1, _COLUMNS // (places.shape[1] * outputs))
+        at_once = max(1, _COLUMNS // (index.shape[1] * outputs))
         for of in torch.split(torch.arange(len(shift)), at_once):
             part = slice(int(of[0]), int(of[-1]) + 1)
-            size = (len(of) * places.shape[1], outputs)
+            size = (len(of) * index.shape[1], outputs)
             columns = torch.index_select(
-                table, 0, places[part].flatten(), out=self._buffer("columns", table, size)
+                table, 0, index[part].flatten(), out=self._buffer("columns", table, size)
             )
             columns = columns.reshape(len(of), -1, outputs)
             torch.baddbmm(value.expand(len(of), -1, -1), shift[part], columns, out=centre[part])
@@ -242,18 +244,8 @@ def weight_columns(
         starts: (L, 2) of the windows.
         size: (h, w) of the windows.
     """
-    places = weight_places(shape, starts, size).to(weight.device)
-    return functional.embedding(places, functional.pad(weight.T, (0, 0, 0, 1)))
-
-
-def weight_places(shape: torch.Size, starts: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return which features of maps (C, H, W) windows are on, (L, C h w); C H W outside."""
-    channels, height, width = shape
-    row, column = (starts[:, axis, None] + torch.arange(length) for axis, length in enumerate(size))
-    on_map = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None]
-    place = (row[:, :, None] * width + column[:, None]).flatten(1)
-    place = place[:, None] + torch.arange(channels)[:, None] * (height * width)
-    return place.where(on_map.flatten(1)[:, None], channels * height * width).flatten(1)
+    index = places(shape, starts, size).to(weight.device)
+    return functional.embedding(index, functional.pad(weight.T, (0, 0, 0, 1)))
 
 
 def _by_groups(
@@ -276,24 +268,50 @@ def _by_groups(
     return moved, spread
 
 
-def _by_bags(weight: Tensor, shape: torch.Size, given: Windows) -> tuple[Tensor, Tensor]:
-    """Multiply windows (L, 1, C, h, w) by columns, as weighted sums of single columns."""
-    _, height, width = shape
-    places = []
-    for axis, length in enumerate((height, width)):
-        place = given.starts[:, axis, None] + torch.arange(given.size[axis])
-        places.append(place.clamp(0, length - 1))  # shift and radius are 0 outside
-    place = (places[0][:, :, None] * width + places[1][:, None, :]).flatten(1)
-    channel = torch.arange(shape[0])[:, None] * (height * width)
-    index = (place[:, None] + channel).flatten(1).to(weight.device)
-    table = weight.T.contiguous()
-    moved = functional.embedding_bag(
-        index, table, mode="sum", per_sample_weights=given.shift.flatten(1)
-    )
-    spread = functional.embedding_bag(
-        index, table.abs(), mode="sum", per_sample_weights=given.radius.flatten(1)
-    )
-    return moved[:, None], spread[:, None]
+class _Bags(torch.autograd.Function):
+    """Sums of rows of a table and of its magnitudes, ``functional.embedding_bag`` with weights.
+
+    The gradient of the table is such sums too, over the bags that each row is in: torch's own takes
+    twice as long or longer.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, index: Tensor, table: Tensor, shift: Tensor, radius: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return sums (L, F) over index (L, n), with weights (L, n), of a table (rows, F)."""
+        ctx.save_for_backward(index, table, shift, radius)
+        return _bags(index, table, shift), _bags(index, table.abs(), radius)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor | None, Tensor | None]:
+        """Return the gradients of the table and, where they are wanted, of the weights."""
+        index, table, *weights = ctx.saved_tensors
+        order = index.flatten().argsort()
+        ends = index.flatten().bincount(minlength=len(table)).cumsum(0)
+        offsets = functional.pad(ends[:-1], (1, 0))
+        moved, spread = (
+            functional.embedding_bag(
+                order.div(index.shape[1], rounding_mode="floor"),
+                gradient.contiguous(),
+                offsets,
+                mode="sum",
+                per_sample_weights=weight.flatten()[order],
+            )
+            for gradient, weight in zip(gradients, weights, strict=True)
+        )
+        of_weights: list[Tensor | None] = [None, None]
+        for number, rows_ in enumerate((table, table.abs())):
+            if ctx.needs_input_grad[number + 2]:
+                with torch.enable_grad():
+                    weight = weights[number].detach().requires_grad_()
+                    sums = _bags(index, rows_, weight)
+                (of_weights[number],) = torch.autograd.grad(sums, weight, gradients[number])
+        return None, moved + spread * table.sign(), of_weights[0], of_weights[1]
+
+
+def _bags(index: Tensor, table: Tensor, weights: Tensor) -> Tensor:
+    return functional.embedding_bag(index, table, mode="sum", per_sample_weights=weights)
 
 
 class Convolution(Weighted):
@@ -330,40 +348,47 @@ class Convolution(Weighted):
 
     def _on_window(
         self,
-        values: Tensor,
+        shift: Tensor,
+        radius: Tensor,
         offset: tuple[int, int],
         seen: tuple[int, int],
         size: tuple[int, int],
         *,
-        absolute: bool,
         reuse: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Convolve windows (L, N, C, h, w) at an offset inside zeros of the size ``seen``.
 
         Windows are hardly larger than the kernel, so that nearly every output sees nearly every
         input: where few channels make the matrix of the convolution small, it is multiplied.
         """
-        shape = (*values.shape[:2], len(self.weight), *size)
-        few = max(values.shape[2], len(self.weight)) <= _FEW
-        if few and values[0, 0].numel() <= _MOST_WASTE * self.terms * self.groups:
-            matrix = self._matrix(values, offset, seen, absolute=absolute)
-            flat = values.flatten(2).flatten(0, 1)
-            out = self._buffer(f"{absolute}", flat, (len(flat), matrix.shape[1]))
-            return torch.mm(flat, matrix, out=out if reuse else None).reshape(shape)
-        maps = padded(values.flatten(0, 1), offset, seen)
-        return self._convolve(maps, None, (0, 0), absolute=absolute).reshape(shape)
+        few = max(shift.shape[2], len(self.weight)) <= _FEW
+        few = few and shift[0, 0].numel() <= _MOST_WASTE * self.terms * self.groups
+        matrix = self._matrix(shift, offset, seen) if few else None
+        results = []
+        for values, absolute in ((shift, False), (radius, True)):
+            if matrix is None:
+                maps = padded(values.flatten(0, 1), offset, seen)
+                result = self._convolve(maps, None, (0, 0), absolute=absolute)
+            else:
+                flat = values.flatten(2).flatten(0, 1)
+                out = self._buffer(f"{absolute}", flat, (len(flat), matrix.shape[1]))
+                part = matrix.abs() if absolute else matrix
+                result = torch.mm(flat, part, out=out if reuse else None)
+            results.append(result.reshape(*values.shape[:2], len(self.weight), *size))
+        return results[0], results[1]
 
-    def _matrix(
-        self, values: Tensor, offset: tuple[int, int], seen: tuple[int, int], *, absolute: bool
-    ) -> Tensor:
-        """Return what flattened windows (..., C, h, w) are multiplied by, (C h w, C' h' w')."""
+    def _matrix(self, values: Tensor, offset: tuple[int, int], seen: tuple[int, int]) -> Tensor:
+        """Return what flattened windows (..., C, h, w) are multiplied by, (C h w, C' h' w').
+
+        A value of it is one weight, or 0.
+        """
         shape = values.shape[2:]
-        key = (tuple(shape), offset, seen, absolute)
+        key = (tuple(shape), offset, seen)
         if self.kept is not None and key in self.kept:
             return self.kept[key]
         units = torch.eye(shape.numel(), dtype=values.dtype, device=values.device)
         maps = padded(units.reshape(-1, *shape), offset, seen)
-        matrix = self._convolve(maps, None, (0, 0), absolute=absolute).flatten(1)
+        matrix = self._convolve(maps, None, (0, 0), absolute=False).flatten(1)
         if self.kept is not None:
             self.kept[key] = matrix
         return matrix
@@ -383,17 +408,15 @@ class Convolution(Weighted):
         if len(distinct) > self.stride[0] * self.stride[1]:  # windows that became the whole map
             shifts, radii = (placed(values, offsets, needed) for values in (shifts, radii))
             distinct, which = torch.zeros(1, 2, dtype=torch.int64), torch.zeros_like(which)
-        parts: list[list[Tensor]] = [[], []]
+        parts = []
         alone = len(distinct) == 1
         for number, (top, left) in enumerate(distinct.tolist()):
-            for part, values, absolute in zip(parts, (shifts, radii), (False, True), strict=True):
-                chosen = values if alone else values[which == number]
-                part.append(
-                    self._on_window(
-                        chosen, (top, left), needed, size, absolute=absolute, reuse=alone
-                    )
-                )
-        shift, radius = (in_order(part, which) for part in parts)
+            windows = shifts, radii
+            if not alone:
+                here = (which == number).nonzero().squeeze(1).to(shifts.device)
+                windows = shifts.index_select(0, here), radii.index_select(0, here)
+            parts.append(self._on_window(*windows, (top, left), needed, size, reuse=alone))
+        shift, radius = (in_order(list(part), which) for part in zip(*parts, strict=True))
         if clean.error is not None:
             radius = self._scaled(radius, widening(self.terms))
         on_map = inside_map(first, size, shape)
@@ -492,7 +515,13 @@ class Monotone(Operator):
         function: of each value.
         exact: it rounds nothing, as it is linear in pieces.
         never_negative: it has no value below 0.
+
+    Attributes:
+        alone: whether nothing else takes what an affine layer gives it, so that it may overwrite
+            that.
     """
+
+    alone = False
 
     def __init__(
         self, function: Callable[[Tensor], Tensor], *, exact: bool, never_negative: bool
@@ -522,7 +551,9 @@ class Monotone(Operator):
             return self._outward(given.lower, -slack), self._outward(given.upper, slack)
         buffer = partial(self._buffer, like=given.centre, shape=tuple(given.centre.shape))
         lower = torch.sub(given.centre, given.radius, out=buffer("low"))
-        upper = torch.add(given.centre, given.radius, out=buffer("high"))
+        upper = torch.add(
+            given.centre, given.radius, out=given.centre if self.alone else buffer("high")
+        )
         if given.error is not None:
             lower, upper = lower.sub_(given.error), upper.add_(given.error)
         return lower.relu_(), upper.relu_()

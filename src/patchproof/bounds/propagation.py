@@ -204,7 +204,7 @@ class BoundedNetwork:
 
         Returns:
             (L, N, classes), or (L, 1, classes) where each patch is on one image; of the label
-            itself 0, or a little less with slack.
+            itself 0, or with slack infinity: the least of all is that of the others.
         """
         values: dict[int, Bounds] = {-1: pixel_bounds(prepared.clean[-1], boxes)}
         return self.margins_from(prepared, values, 0, boxes.joined)
@@ -227,9 +227,10 @@ class BoundedNetwork:
         own = rows(prepared.labels, given.each)[:, :, None].expand(*given.lower.shape[:2], 1)
         lower = given.lower.gather(2, own)
         margins = lower - given.upper
-        if given.clean.error is not None:
-            margins = margins - gamma(0) * (lower.abs() + given.upper.abs())
-        return margins.scatter(2, own, 0.0)
+        if given.clean.error is None:
+            return margins.scatter(2, own, 0.0)
+        margins = margins - gamma(0) * (lower.abs() + given.upper.abs())
+        return margins.scatter(2, own, torch.inf)
 
     def lowest_margins(
         self,
@@ -320,8 +321,7 @@ class BoundedNetwork:
         with direct_inference(images.device):
             for batch in torch.split(torch.arange(len(images)), _SPARSE_IMAGES):
                 prepared = self.prepare(images[batch], labels[batch], slack=True)
-                margins = self.margins_of_sparse(prepared, pixels)
-                lowest.append(margins.scatter(1, labels[batch][:, None], torch.inf).amin(1))
+                lowest.append(self.margins_of_sparse(prepared, pixels).amin(1))
         return torch.cat(lowest)
 
     def margins_of_sparse(

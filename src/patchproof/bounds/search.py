@@ -48,11 +48,16 @@ class Search:
         """
         for places, boxes in patch_boxes(regions):
             at_once = self._at_once(boxes)
-            groups = self._groups(boxes)
+            groups = [
+                (members, union.on(self.network.image_shape))
+                for members, union in self._groups(boxes)
+            ]
             for batch in _split(torch.arange(len(images)), max(1, at_once // _REGIONS)):
                 prepared = self.network.prepare(images[batch], labels[batch], slack=True)
                 for members, union in groups:
-                    for chunk in _split(torch.arange(len(members)), _together(at_once, batch)):
+                    for chunk in _split(
+                        torch.arange(len(members)), regions_together(at_once, len(batch))
+                    ):
                         if self.stop:
                             keep = ~(lowest[batch] <= 0).any(1)
                             if not keep.any():
@@ -70,9 +75,7 @@ class Search:
     def _lowest(self, prepared: Prepared, boxes: PatchBoxes) -> Tensor:
         """Return the lowest margins (L, N, 1)."""
         values: dict[int, Bounds] = {-1: pixel_bounds(prepared.clean[-1], boxes)}
-        margins = self.network.margins_from(prepared, values)
-        own = prepared.labels[None, :, None].expand(len(margins), -1, 1)
-        lowest = margins.scatter(2, own, torch.inf).amin(2)
+        lowest = self.network.margins_from(prepared, values).amin(2)
         if self.method == "backward":
             regions, images = (~(lowest > 0)).nonzero().unbind(1)
             if len(regions):
@@ -173,9 +176,14 @@ class Search:
         return max(1, fitting)
 
 
-def _together(at_once: int, batch: Tensor) -> int:
-    """Return how many regions to bound together; products are quickest for multiples of 16."""
-    count = max(1, at_once // len(batch))
+def regions_together(at_once: int, images: int) -> int:
+    """Return how many regions to bound together; products are quickest for multiples of 16.
+
+    Args:
+        at_once: pairs of an image and a region.
+        images: how many each region goes with.
+    """
+    count = max(1, at_once // images)
     return count if count < 16 else count // 16 * 16
 
 

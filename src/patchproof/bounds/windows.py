@@ -63,6 +63,11 @@ class Clean:
     value: Tensor
     error: Tensor | None
 
+    @cached_property
+    def by_place(self) -> Tensor:
+        """The activations (N, C, H, W) by place, and zeros after the last, (C H W + 1, N)."""
+        return functional.pad(self.value.flatten(1).T, (0, 0, 0, 1))
+
 
 @dataclass(frozen=True, eq=False)
 class Windows:
@@ -76,6 +81,7 @@ class Windows:
         starts: (L, 2) int64, row and column of each window's first activation; windows may stick
             out, shift and radius are 0 there.
         each: regions of each image, in the order of the images; None if all go with all.
+        known_places: ``places``, where they are known.
     """
 
     clean: Clean
@@ -83,11 +89,20 @@ class Windows:
     radius: Tensor
     starts: Tensor
     each: int | None
+    known_places: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int]:
         """Return (h, w) of the windows."""
         return self.shift.shape[3], self.shift.shape[4]
+
+    @property
+    def places(self) -> Tensor:
+        """Which activations of flattened maps the windows are on, (L, C h w); C H W outside."""
+        if self.known_places is not None:
+            return self.known_places
+        value = self.clean.value
+        return places(value.shape[1:], self.starts, self.size).to(value.device)
 
     def cut(self, values: Tensor, out: Tensor | None = None) -> Tensor:
         """Return the windows of values (N, C, H, W), (L, N, C, h, w)."""
@@ -132,7 +147,7 @@ class Centred:
     @cached_property
     def lower(self) -> Tensor:
         """(L, N, ...)."""
-        lower = self.centre - self.radius
+        lower = self.centre + -self.radius  # negating a radius of all images costs nothing
         return lower if self.error is None else lower.sub_(self.error)
 
     @cached_property
@@ -189,6 +204,16 @@ def cut(
     chosen = values.flatten(2).gather(2, index.expand(-1, values.shape[1], -1))
     chosen = chosen.reshape(len(values), values.shape[1], each, *size)
     return chosen.transpose(1, 2).flatten(0, 1)[:, None]
+
+
+def places(shape: tuple[int, ...], starts: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return which activations of maps (C, H, W) windows are on, (L, C h w); C H W outside."""
+    channels, height, width = shape
+    row, column = (starts[:, axis, None] + torch.arange(length) for axis, length in enumerate(size))
+    on_map = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None]
+    place = (row[:, :, None] * width + column[:, None]).flatten(1)
+    place = place[:, None] + torch.arange(channels)[:, None] * (height * width)
+    return place.where(on_map.flatten(1)[:, None], channels * height * width).flatten(1)
 
 
 def inside_map(starts: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor | None:

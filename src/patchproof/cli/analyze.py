@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
-from patchproof.cli import analyze_features
+from patchproof.cli import analyze_crops, analyze_features
 from patchproof.cli import options as opt
 from patchproof.cli.bench import Bench, Name, Out, check_out, made_now, on_bench, show
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _SETUPS = "Setups"
 _MASKS = "Masked images (PatchCleanser)"
 _FEATURES = "Small parts of the image (PatchGuard)"
+_CROPS = "Votes of crops (randomized cropping)"
 _LONGEST_RANGE = 1000
 _SETUP = ("masks_per_side", "multiplicity", "layout")
 """The columns that say which row is which."""
@@ -308,6 +309,7 @@ def objects(
 
 
 analyze_features.add_to(app, _FEATURES)
+analyze_crops.add_to(app, _CROPS)
 
 
 def _one_setup(masks: str, multiplicity: str, layout: Literal["paper", "balanced"]) -> Setup:

@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from patchproof.defenses.over_features import FeatureViews
     from patchproof.evaluation.feature_analyses import Subject
     from patchproof.evaluation.feature_recording import Attack, FeatureArchive, FeatureRecording
+    from patchproof.views.crops import CropViews
 
     Tables = dict[str, pd.DataFrame]
+    Record = Callable[[Attack | None], FeatureRecording]
 
 _MODEL = "Model"
 
@@ -60,7 +62,7 @@ AblationOption = Annotated[
 
 
 @dataclass(frozen=True, eq=False)
-class FeatureBench:
+class RecordedBench:
     """Classifiers with the parts of the image that each looks at.
 
     Attributes:
@@ -71,22 +73,18 @@ class FeatureBench:
 
     bench: Bench
     classifiers: Mapping[str, Classifier]
-    views: Mapping[str, FeatureViews]
+    views: Mapping[str, FeatureViews | CropViews]
 
     @property
     def image_size(self) -> tuple[int, int]:
         """(H, W) in pixels."""
         return self.bench.image_size
 
-    def subjects(self) -> list[Subject]:
-        """Return the classifiers without anything recorded, to check what is possible."""
-        return [self._subject(name, _nothing) for name in self.classifiers]
-
-    def run(
+    def record_and_write(
         self,
         analysis: str,
         parameters: Mapping[str, Any],
-        tables: Callable[[list[Subject]], Tables],
+        tables: Callable[[Callable[[str], Record]], Tables],
         figures: Callable[[Tables], Mapping[str, Figure]],
         shown: Mapping[str, Sequence[str]],
         attack: Attack | None = None,
@@ -96,7 +94,7 @@ class FeatureBench:
         Args:
             analysis: its name.
             parameters: what decides the tables beside models, data and defense, as JSON values.
-            tables: makes them, by the names of their files.
+            tables: makes them, by the names of their files, from what records a classifier.
             figures: of the tables, by the names of their files.
             shown: of some tables, the columns to print.
             attack: is recorded too; None for clean images alone.
@@ -137,7 +135,7 @@ class FeatureBench:
         recordings = len(archives) * (1 if attack is None else 2)
         with recording_bar(first.folder, len(bench.dataset), recordings) as bar:
             recorder = _Recorder(archives, bar)
-            made = tables([self._subject(name, recorder.of(name)) for name in archives])
+            made = tables(recorder.of)
         about = bench.about(
             list(recorder.made.values()), sum(archive.forwards for archive in archives.values())
         ) | {"model_cards": {name: dict(one.card) for name, one in self.classifiers.items()}}
@@ -151,7 +149,37 @@ class FeatureBench:
         tell_cost(about)
         typer.echo(f"Tables and figures: {folder.path}")
 
-    def _subject(self, name: str, record: Callable[[Attack | None], FeatureRecording]) -> Subject:
+
+@dataclass(frozen=True, eq=False)
+class FeatureBench(RecordedBench):
+    """Classifiers with their local features, or the ablations that each looks at."""
+
+    views: Mapping[str, FeatureViews]
+
+    def subjects(self) -> list[Subject]:
+        """Return the classifiers without anything recorded, to check what is possible."""
+        return [self._subject(name, _nothing) for name in self.classifiers]
+
+    def run(
+        self,
+        analysis: str,
+        parameters: Mapping[str, Any],
+        tables: Callable[[list[Subject]], Tables],
+        figures: Callable[[Tables], Mapping[str, Figure]],
+        shown: Mapping[str, Sequence[str]],
+        attack: Attack | None = None,
+    ) -> None:
+        """Do what ``record_and_write`` does, with tables made from subjects."""
+        self.record_and_write(
+            analysis,
+            parameters,
+            lambda record: tables([self._subject(name, record(name)) for name in self.classifiers]),
+            figures,
+            shown,
+            attack,
+        )
+
+    def _subject(self, name: str, record: Record) -> Subject:
         from patchproof.evaluation.feature_analyses import Subject
 
         return Subject(
@@ -189,13 +217,17 @@ def on_feature_bench(analysis: Callable[..., None]) -> Callable[..., None]:
 
     The command has the function's other options, and those of ``open_bench`` with several weights.
     """
-    own = inspect.signature(open_feature_bench, eval_str=True).parameters
-    shared = {
+    return make_command(analysis, open_feature_bench, options_of(open_feature_bench))
+
+
+def options_of(opened: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Return the options of ``open_bench``, changed and joined by a function's own."""
+    own = inspect.signature(opened, eval_str=True).parameters
+    return {
         name: own.get(name, parameter)
         for name, parameter in (bench_options() | dict(own)).items()
         if name != "shared"
     }
-    return make_command(analysis, open_feature_bench, shared)
 
 
 def open_feature_bench(
@@ -207,6 +239,24 @@ def open_feature_bench(
         PatchproofError: two classifiers of the same name, or one without small views.
     """
     from patchproof.defenses.over_features import choose_views
+
+    kept = None if ablation is None else opt.parse_ablation("--ablation", ablation)
+    bench, classifiers = open_classifiers(weights, **shared)
+    views = {
+        name: choose_views(one.model, bench.image_size, kept, fill=bench.fill)
+        for name, one in classifiers.items()
+    }
+    return FeatureBench(bench, classifiers, views)
+
+
+def open_classifiers(
+    weights: list[Path] | None, **shared: Any
+) -> tuple[Bench, dict[str, Classifier]]:
+    """Load the images, and the classifiers by their names.
+
+    Raises:
+        PatchproofError: two classifiers of the same name.
+    """
     from patchproof.results import PatchproofError
 
     files: list[Path | None] = [*weights] if weights else [None]
@@ -215,7 +265,6 @@ def open_feature_bench(
         raise PatchproofError(
             f"--weights: expected files of different names, got {min(twice)} more than once"
         )
-    kept = None if ablation is None else opt.parse_ablation("--ablation", ablation)
     bench = open_bench(weights=files[0], **shared)
     options = inspect.signature(load_classifier).parameters
     same = {name: value for name, value in shared.items() if name in options}
@@ -223,14 +272,7 @@ def open_feature_bench(
         bench.classifier,
         *(load_classifier(bench.dataset, file, **same) for file in files[1:]),
     ]
-    views = [
-        choose_views(one.model, bench.image_size, kept, fill=bench.fill) for one in classifiers
-    ]
-    return FeatureBench(
-        bench,
-        dict(zip(names, classifiers, strict=True)),
-        dict(zip(names, views, strict=True)),
-    )
+    return bench, dict(zip(names, classifiers, strict=True))
 
 
 def name_of(weights: Path) -> str:

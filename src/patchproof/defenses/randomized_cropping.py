@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import secrets
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ from patchproof.defenses.inference import (
     fastest_batch_size,
 )
 from patchproof.defenses.saved import DEFAULT_TOLERANCE
-from patchproof.models.crops import CropNetwork, CropSize, cut
+from patchproof.models.crops import CropSize
 from patchproof.precision import exact_inference
 from patchproof.probability import ProbableCertification
 from patchproof.results import (
@@ -56,7 +57,7 @@ from patchproof.results import (
 )
 from patchproof.threat import SparsePixels, Threat, threat_from_dict
 from patchproof.threat.regions import ImageSize, check_image_size
-from patchproof.views.crops import CropPlaces, box_sums
+from patchproof.views.crops import CropPlaces, box_sums, crop_scores
 
 Mode = Literal["all-crops", "fixed-crops", "random-crops"]
 """Which crops vote: all, a public draw that is the same for every image, or a secret fresh one."""
@@ -362,9 +363,8 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
             drawn: (N, n) int64, for random crops: the places that a prediction draws.
         """
         check_label_range(labels, found.classes)
-        at_once = max(1, _REGION_VALUES // (found.classes * len(self.regions)))
         parts: list[Any] = []  # of one of the two kinds
-        for part in torch.split(torch.arange(len(labels)), at_once):
+        for part in self._parts(found):
             some = found.select(part)
             if drawn is None:
                 parts.append(self._deterministic(some, labels[part]))
@@ -386,12 +386,38 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         counts = count_votes(votes, classes)[:, :classes]
         if self.mode == "all-crops":
             return counting_condition(counts, labels, self.overlapping)
-        return (self.paper_probability(counts) >= PAPER_PROBABILITY) & (counts.argmax(1) == labels)
+        chance = self.paper_chances[votes_to_turn(counts) - 1]
+        return (chance >= PAPER_PROBABILITY) & (counts.argmax(1) == labels)
 
-    def paper_probability(self, counts: Tensor) -> Tensor:
-        """Return p_c (Equation 6) of the votes of a draw, (N, C) int64, as (N,) float64."""
+    @cached_property
+    def paper_chances(self) -> Tensor:
+        """p_c (Equation 6) by the votes to turn less one, (n + 1,) float64."""
         shares = hit_shares(self.overlapping, self.places.count, self.crops, self.replacement)
-        return hit_tail(shares)[votes_to_turn(counts) - 1]
+        return hit_tail(shares)
+
+    def crops_needed(self, found: CropLabels, labels: Tensor, numbers: Sequence[int]) -> Tensor:
+        """Return the least of some numbers of random crops that certify an image, (N,) int64.
+
+        Args:
+            found: of all places.
+            labels: (N,) int64, the right classes.
+            numbers: of crops, in ascending order.
+
+        Returns:
+            0 where none is enough for ``probability``.
+        """
+        needed = torch.zeros(len(labels), dtype=torch.int64)
+        for number in numbers:
+            left = (needed == 0).nonzero().squeeze(1)
+            some, wanted = found.select(left), labels[left]
+            other = type(self).from_dict(self.model, self.to_dict() | {"crops": number})
+            success = [
+                other._success(some.select(part), wanted[part])[0].amin(1)
+                for part in self._parts(some)
+            ]
+            if success:
+                needed[left[torch.cat(success) >= self.probability]] = number
+        return needed
 
     def tune_batch_size(self, image: Tensor) -> int:
         """Measure which number of crops of images (C, H, W) like this is fastest, and keep it."""
@@ -406,6 +432,11 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
                 self.device,
             )
         return self.batch_size
+
+    def _parts(self, found: CropLabels) -> Iterator[Tensor]:
+        """Yield which images to certify at once, so that the votes at regions fit into memory."""
+        at_once = max(1, _REGION_VALUES // (found.classes * len(self.regions)))
+        yield from torch.split(torch.arange(len(found.labels)), at_once)
 
     @property
     def _images_at_once(self) -> int:
@@ -523,18 +554,9 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         return (own - 1e-6).ceil().long().clamp(min=0), rivals
 
     def _logits(self, images: Tensor, image: Tensor, corners: Tensor) -> Tensor:
-        """Return the logits of a batch of crops, (B, classes); see ``CropNetwork.cropped``."""
+        """Return the logits of a batch of crops, (B, classes)."""
         image, corners = image.to(images.device), corners.to(images.device)
-        if hasattr(self.model, "cropped"):
-            scores = cast(CropNetwork, self.model).cropped(images, image, corners)
-        else:
-            scores = self.model(cut(images, image, corners, self.places.crop_size))
-        if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(image):
-            got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise PatchproofError(
-                f"model: expected logits of shape ({len(image)}, classes >= 2), got {got}"
-            )
-        return scores
+        return crop_scores(self.model, images, image, corners, self.places.crop_size)
 
     def _largest_batch(self, images: Tensor, size: int) -> int:
         """Return ``size`` crops, or what the memory budget allows if that is less."""

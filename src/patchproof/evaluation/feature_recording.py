@@ -34,6 +34,7 @@ from patchproof.models import ModelSpec
 from patchproof.precision import exact_inference
 from patchproof.results import Outputs
 from patchproof.views import LocalFeatureViews
+from patchproof.views.crops import CropViews
 
 FORMAT = "patchproof-features/1"
 
@@ -161,7 +162,7 @@ class FeatureArchive(ShardedArchive):
         folder: Path | str,
         model: nn.Module,
         dataset: ImageDataset,
-        views: FeatureViews,
+        views: FeatureViews | CropViews,
         *,
         spec: ModelSpec | None = None,
         batch_size: int | None = None,
@@ -260,10 +261,12 @@ class FeatureArchive(ShardedArchive):
         return scores
 
 
-def describe_views(views: FeatureViews) -> dict[str, Any]:
+def describe_views(views: FeatureViews | CropViews) -> dict[str, Any]:
     """Return which views they are, beside the model and the size of the images, as JSON values."""
     if isinstance(views, LocalFeatureViews):
         return {"kind": "local features", "grid": list(views.grid)}
+    if isinstance(views, CropViews):
+        return {"kind": "crops", "crop_size": list(views.places.crop_size)}
     return {
         "kind": "ablations",
         "ablation": views.ablation.to_dict(),

@@ -63,6 +63,14 @@ class GuideUNet(nn.Module):
         Raises:
             PatchproofError: images of another size.
         """
+        return self.everywhere(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Map images to what the last convolutions see, (N, width, H, W).
+
+        Raises:
+            PatchproofError: images of another size.
+        """
         if tuple(images.shape[2:]) != self.image_size:
             raise PatchproofError(
                 f"expected images of {self.image_size} pixels, got {tuple(images.shape[2:])}"
@@ -72,13 +80,40 @@ class GuideUNet(nn.Module):
         quarter = torch.relu(self.to_quarter(half))
         quarter = torch.relu(self.bottom(quarter))
         half = torch.relu(self.up_half(_double(self.narrow_quarter(quarter), half)))
-        full = torch.relu(self.up_full(_double(self.narrow_half(half), full)))
+        return _double(self.narrow_half(half), full)
+
+    def everywhere(self, features: Tensor) -> Tensor:
+        """Return the margins of all places, (N, classes, rows, columns)."""
+        top, left = self._corner()
+        rows, columns = self.places
+        full = torch.relu(self.up_full(features))[:, :, top : top + rows, left : left + columns]
+        margins: Tensor = self.head(full)
+        return margins
+
+    def at(self, features: Tensor, places: Tensor) -> Tensor:
+        """Return the margins of some places (N, n) alone, numbered rows first, (N, classes, n).
+
+        A step that learns from few places need not go back through all of them.
+        """
+        top, left = self._corner()
+        columns, width = self.places[1], self.image_size[1] + 2
+        first = (places // columns + top) * width + places % columns + left
+        around = torch.arange(3, device=places.device)
+        around = (around[:, None] * width + around).flatten()
+        index = (first[:, :, None] + around).flatten(1)[:, None]
+        padded = functional.pad(features, (1, 1, 1, 1)).flatten(2)
+        seen = padded.gather(2, index.expand(-1, features.shape[1], -1))
+        seen = seen.reshape(*seen.shape[:2], -1, 3)  # the kernel's three rows of one place after another
+        weight, bias = self.up_full.weight, self.up_full.bias
+        margins: Tensor = self.head(torch.relu(functional.conv2d(seen, weight, bias, stride=3)))
+        return margins.squeeze(3)
+
+    def _corner(self) -> tuple[int, int]:
+        """Return the row and column whose output is of the first place."""
         top, left = (
             (side - place) // 2 for side, place in zip(self.image_size, self.places, strict=True)
         )
-        rows, columns = self.places
-        margins: Tensor = self.head(full[:, :, top : top + rows, left : left + columns])
-        return margins
+        return top, left
 
 
 def _double(features: Tensor, skipped: Tensor) -> Tensor:

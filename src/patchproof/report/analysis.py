@@ -49,15 +49,21 @@ _HEADINGS = {
     "wrong_features": "wrong local predictions",
     "largest_true": "largest logit of the true class",
     "largest_malicious": "of the malicious class",
+    "positions": "told where",
+    "turn_interval": "votes to turn: interval",
+    "turn_variance": "variance",
+    "chance_interval": "p_c: interval",
+    "chance_variance": "variance of p_c",
 }
 _SHARES = {
     *("vanilla", "clean", "certified", "certified_detection", "paper"),
     *("certified_estimate", "agreement"),
     *("patch_share", "area_ratio", "size_low", "size_high", "object_share"),
+    *("certified_with_probability", "chance_interval"),
     *("masked_accuracy", "images_wrong", "windows_changed", "false_positives", "wrong_features"),
 }
 """Columns that are written as percentages."""
-_PLAIN = {"clipped_below", "clipped_above", "threshold"}
+_PLAIN = {"clipped_below", "clipped_above", "threshold", "probability", "chance_variance"}
 """Columns that are written as they were given."""
 
 
@@ -158,7 +164,7 @@ def cells(table: pd.DataFrame, intervals: bool = True) -> dict[str, list[str]]:
         if intervals and f"{name}_low" in names:
             interval = zip(table[f"{name}_low"], table[f"{name}_high"], strict=True)
             texts = [
-                f"{text} ({low:.1%} to {high:.1%})"
+                f"{text} ({low:.1%} to {high:.1%})" if text else ""
                 for text, (low, high) in zip(texts, interval, strict=True)
             ]
         columns[_HEADINGS.get(name, name.replace("_", " "))] = texts

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patchproof.bounds import BoundedNetwork, PatchBoxes, patch_boxes
+from patchproof.bounds.search import regions_together
 from patchproof.models import ModelSpec
 from patchproof.models.unet import GuideUNet
 from patchproof.results import PatchproofError
@@ -130,19 +131,19 @@ class IntervalBoundsRecipe(Recipe):
         """Return the U-Net of guided training."""
         if self.strategy != "guided":
             return None
-        boxes = self.boxes(spec.image_size)
+        boxes = self.boxes((spec.channels, *spec.image_size))
         rows, columns = (boxes.starts.amax(0) + 1).tolist()
         return GuideUNet(
             spec.classes, spec.channels, spec.image_size, (rows, columns), self.guide_width
         )
 
-    def boxes(self, image_size: tuple[int, int]) -> PatchBoxes:
-        """Return all regions of the patch, rows first.
+    def boxes(self, image_shape: tuple[int, int, int]) -> PatchBoxes:
+        """Return all regions of the patch on images (C, H, W), rows first.
 
         Raises:
             PatchproofError: a patch of several shapes, or a guide for places that are no full grid.
         """
-        boxes = all_places(self.threat, image_size)
+        boxes = all_places(self.threat, image_shape)
         rows, columns = (boxes.starts.amax(0) + 1).tolist()
         if self.strategy == "guided" and len(boxes.starts) != rows * columns:
             raise PatchproofError(
@@ -161,7 +162,7 @@ class IntervalBoundsRecipe(Recipe):
         if isinstance(self.threat, SparsePixels):
             bounded.margins_of_sparse(prepared, self.threat.count, by_weights_alone=True)
         else:
-            boxes = self._joined(self.boxes(spec.image_size))
+            boxes = self._joined(self.boxes(bounded.image_shape))
             bounded.margins(prepared, boxes.choose(tiles(boxes, self.pool)[0]))
         for name, module in network.named_modules():
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.Dropout | nn.Dropout2d):
@@ -185,7 +186,7 @@ class IntervalBoundsRecipe(Recipe):
                 prepared, self.threat.count, share=share, by_weights_alone=True
             )
             return certificate_loss(margins, step.labels)
-        boxes = self._joined(self.boxes((step.views.shape[2], step.views.shape[3])))
+        boxes = self._joined(self.boxes(bounded.image_shape))
         boxes = replace(boxes, epsilon=share)
         match self.strategy:
             case "random":
@@ -199,11 +200,13 @@ class IntervalBoundsRecipe(Recipe):
                 margins = margins_at(bounded, step.views, step.labels, boxes, groups[worst])
                 return certificate_loss(margins.amin(1), step.labels)
             case "guided":
-                assert step.companion is not None
-                predicted = step.companion(step.views).flatten(2)  # (N, classes, places)
-                drawn = self._guided(predicted.detach())
+                guide = step.companion
+                assert isinstance(guide, GuideUNet)
+                features = guide.features(step.views)
+                with torch.no_grad():
+                    drawn = self._guided(guide.everywhere(features).flatten(2))
                 margins = margins_at(bounded, step.views, step.labels, boxes, drawn[..., None])
-                seen = predicted.gather(2, drawn[:, None].expand(-1, predicted.shape[1], -1))
+                seen = guide.at(features, drawn)
                 guide_loss = functional.mse_loss(seen, margins.detach().transpose(1, 2))
                 return certificate_loss(margins.amin(1), step.labels) + guide_loss
 
@@ -241,14 +244,14 @@ class IntervalBoundsRecipe(Recipe):
 
 
 @lru_cache(maxsize=1)
-def all_places(threat: Threat, image_size: tuple[int, int]) -> PatchBoxes:
-    """Return all regions of a patch of one shape, rows first."""
-    groups = patch_boxes(threat.regions(image_size))
+def all_places(threat: Threat, image_shape: tuple[int, int, int]) -> PatchBoxes:
+    """Return all regions of a patch of one shape on images (C, H, W), rows first."""
+    groups = patch_boxes(threat.regions(image_shape[1:]))
     if len(groups) != 1:
         raise PatchproofError(f"expected a patch of one shape to train on, got {threat.label()}")
     (_, boxes) = groups[0]
     columns = int(boxes.starts[:, 1].max()) + 1
-    return boxes.choose((boxes.starts @ torch.tensor([columns, 1])).argsort())
+    return boxes.choose((boxes.starts @ torch.tensor([columns, 1])).argsort()).on(image_shape)
 
 
 @lru_cache(maxsize=1)
@@ -297,7 +300,7 @@ def worst_groups(
     bounded: BoundedNetwork, images: Tensor, labels: Tensor, boxes: PatchBoxes, groups: Tensor
 ) -> Tensor:
     """Return for each image and class the group of the lowest margin, (N, classes) int64."""
-    at_once = max(1, _AT_ONCE // (len(images) * groups.shape[1]))
+    at_once = regions_together(_AT_ONCE // groups.shape[1], len(images))
     prepared = bounded.prepare(images, labels, slack=False)
     lowest = images.new_full((1,), torch.inf)
     worst = labels.new_zeros(1)

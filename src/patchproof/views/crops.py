@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from patchproof.models.crops import CropSize, check_crop_size
-from patchproof.results import PatchproofError
-from patchproof.threat import Regions
+from patchproof.models.crops import CropNetwork, CropSize, check_crop_size, cut
+from patchproof.results import Corruption, PatchproofError, distinct_rows
+from patchproof.threat import Regions, Threat
 from patchproof.threat.regions import ImageSize
 
 
@@ -22,6 +23,7 @@ class CropPlaces:
         crop_size: side of the crops, or (height, width), in pixels.
 
     Attributes:
+        image_size: (H, W).
         crop_size: (height, width).
         grid: (h, w) of the places, (H - height + 1, W - width + 1).
         count: V = h * w (Equation 3).
@@ -31,6 +33,7 @@ class CropPlaces:
     """
 
     def __init__(self, image_size: ImageSize, crop_size: int | CropSize) -> None:
+        self.image_size = image_size
         self.crop_size = check_crop_size(crop_size, image_size)
         self.grid = (
             image_size[0] - self.crop_size[0] + 1,
@@ -110,3 +113,64 @@ def box_sums(values: Tensor, boxes: Tensor) -> Tensor:
         sums += table[..., end * width + right] - table[..., rows * width + right]
         sums += table[..., rows * width + columns] - table[..., end * width + columns]
     return sums
+
+
+class CropViews:
+    """The crops at all places, as the views of a recording; see ``Views``.
+
+    Args:
+        image_size: (H, W) in pixels.
+        crop_size: side of the crops, or (height, width), in pixels.
+
+    Attributes:
+        places: where they are.
+        count: V, one for each place.
+        grid: (h, w) of the places; views are numbered row by row.
+        wraps: no crop goes on across a border.
+
+    Raises:
+        PatchproofError: crops larger than the image.
+    """
+
+    per_forward = 1
+    wraps = (False, False)
+
+    def __init__(self, image_size: ImageSize, crop_size: int | CropSize) -> None:
+        self.places = CropPlaces(image_size, crop_size)
+        self.count = self.places.count
+        self.grid = self.places.grid
+
+    def corruption(self, threat: Threat) -> Corruption:
+        """Enumerate which crops each patch region meets."""
+        meeting = self.places.meeting(threat.regions(self.places.image_size))
+        each = torch.eye(self.count, dtype=torch.int32).view(self.count, *self.grid)
+        patterns, pattern = distinct_rows(box_sums(each, meeting.parts).T > 0)
+        return Corruption(patterns, pattern).combined(threat.patches)
+
+    def evaluate(self, model: nn.Module, images: Tensor, forwards: Tensor) -> Tensor:
+        """Return the scores, (B, 1, classes), of crop ``forwards[b]`` of image b."""
+        each = torch.arange(len(images), device=images.device)
+        corners = self.places.corners(forwards)
+        return crop_scores(model, images, each, corners, self.places.crop_size)[:, None]
+
+
+def crop_scores(
+    model: nn.Module, images: Tensor, image: Tensor, corners: Tensor, size: CropSize
+) -> Tensor:
+    """Return what a model says about crops, (B, classes); see ``CropNetwork.cropped``.
+
+    A model without the method ``cropped`` sees each crop alone.
+
+    Raises:
+        PatchproofError: what it says is not one row of logits for each crop.
+    """
+    if hasattr(model, "cropped"):
+        scores = cast(CropNetwork, model).cropped(images, image, corners)
+    else:
+        scores = model(cut(images, image, corners, size))
+    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(image):
+        got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise PatchproofError(
+            f"model: expected logits of shape ({len(image)}, classes >= 2), got {got}"
+        )
+    return scores
