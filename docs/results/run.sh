@@ -2,7 +2,7 @@
 # Every run behind the tables of this folder. A run that was stopped goes on when called again.
 #   DATA=path/to/parquet/folders docs/results/run.sh NAME
 # NAME: mnist, cifar10, training, threats, location, detection, analyses, imagenette, patchguard,
-# patchguard-analyses or ibp.
+# patchguard-analyses, ibp, transformations or crops.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?a folder with mnist, cifar10 and imagenette in Parquet}
@@ -205,5 +205,57 @@ PYTHON
       $python docs/results/ibp_attack.py --data "$DATA/mnist" --patch $patch \
         zoo/mnist-ibp-*-${patch}x${patch}-*.safetensors
     done | tee "$OUT/ibp-attacks.jsonl"
+    ;;
+  crops)
+    # Randomized cropping: the votes of all crops of all test images are recorded once.
+    study=(--data "$DATA/cifar10" --weights zoo/cifar10-crops10.safetensors --threads 1)
+    study+=(--out "$OUT/crops-cifar10")
+    $patchproof analyze crops "${study[@]}" --patches 2,3,4,5,6 --name patches
+    $patchproof analyze crops "${study[@]}" --name transformations --patches \
+      aspect:25@1:1,aspect:25@2.7:1,aspect:25@6:1,aspect:25@1:2.7,aspect:25@1:6,bounds:square:5@45,square:5@45,transformed:5
+    $patchproof analyze crops "${study[@]}" --patches 5 --modes random-crops \
+      --probabilities 0.93,0.95,0.97,0.99 --name probabilities
+    $patchproof analyze crops "${study[@]}" --patches 5 --numbers 64,128,256,512 \
+      --replacement both --name numbers
+    $patchproof analyze crop-draws "${study[@]}" --patches 5
+    $patchproof analyze crops-needed "${study[@]}" --patches 2,5 --probabilities 0.95,0.99
+    "$(dirname "$patchproof")/python" docs/results/crops_simulation.py \
+      "$OUT"/crops-cifar10/recordings/* | tee "$OUT/crops-simulation.jsonl"
+    $patchproof analyze crops --data "$DATA/mnist" --weights zoo/mnist-crops10.safetensors \
+      --threads 1 --out "$OUT/crops-mnist" --patches 2,5 --name patches
+    # Figure 2: small networks for crops of several sizes, told where the crop is or not.
+    sizes=()
+    for crop in 6 8 10 12 16; do
+      for told in told alone; do
+        $patchproof train --recipe crops --data "$DATA/cifar10" --threads 1 --lr 0.2 --epochs 6 \
+          --crop $crop --model-option 'widths=[16,32,64,64]' \
+          --model-option positions=$([ $told = told ] && echo true || echo false) \
+          --out "runs/fig2-$told-$crop"
+        sizes+=(--weights "runs/fig2-$told-$crop/model.safetensors")
+      done
+    done
+    $patchproof analyze crops --data "$DATA/cifar10" "${sizes[@]}" --count 1000 --patches 5 \
+      --threads 1 --out "$OUT/crops-cifar10-sizes" --name sizes
+    ;;
+  transformations)
+    # Randomized cropping, Table 4: a square of 5x5 stretched, turned by 45 degrees, and any of these.
+    note="CIFAR-10 re-compressed as JPEG by its source: close to, but not, the original pixels"
+    for run in ${RUNS:-derandomized-smoothing:band4:1000 patchguard:band4:1000 \
+      patchguard:bagnet7-masked2:1000 interval-bounds:ibp-conv2-5x5-random10:1000 \
+      patchcleanser:greedy:200}; do
+      IFS=: read -r defense network count <<< "$run"
+      extra=()
+      if [ "$defense" = patchcleanser ]; then extra+=(--masks 4); fi
+      for kind in ${KINDS:-1to1=5 2.7to1=aspect:25@2.7:1 6to1=aspect:25@6:1 \
+        1to2.7=aspect:25@1:2.7 1to6=aspect:25@1:6 bounds=bounds:square:5@45 \
+        rotated=square:5@45 worst=transformed:5}; do
+        images=$count
+        if [ "$defense-${kind%%=*}" = patchcleanser-worst ]; then images=100; fi # 4,656 views
+        $patchproof certify --data "$DATA/cifar10" --weights "zoo/cifar10-$network.safetensors" \
+          --patch "${kind#*=}" --defense "$defense" --count "$images" --gallery 0 --note "$note" \
+          "${extra[@]}" --out "$OUT/transformations-$defense-$network-${kind%%=*}"
+      done
+    done
+    "$(dirname "$patchproof")/python" docs/results/transformations.py "$OUT"/transformations-*
     ;;
 esac

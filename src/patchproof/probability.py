@@ -15,7 +15,8 @@ class ProbableCertification(Certificates):
     """Certified recovery with a probability: each prediction is right at least so often.
 
     The probability is over what the defense draws, secretly and anew for each prediction, after the
-    patch is chosen. ``prediction`` is what one draw says of the clean image.
+    patch is chosen. ``prediction`` is what one draw says of the clean image. Where a defense bounds
+    the probability from samples, the bound of an image holds with the defense's ``confidence``.
 
     Attributes:
         certified_with_probability: (N,) bool: ``success_probability`` is what was asked for, or

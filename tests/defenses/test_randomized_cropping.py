@@ -6,13 +6,14 @@ from itertools import product
 from math import prod
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import patchproof as pp
 from patchproof.defenses.randomized_cropping import CropLabels
-from patchproof.models.crops import CropResNet9
+from patchproof.models.crops import CropResNet9, cut
 
 SIZE = (5, 4)
 LARGE = (7, 6)
@@ -144,7 +145,7 @@ def test_a_random_draw_is_right_as_often_as_stated_whatever_the_patch_shows(
 def test_fresh_draws_are_right_as_often_as_stated() -> None:
     """The deployed prediction itself, many times, on attacked images."""
     defense = pp.RandomizedCropping(
-        Lookup(1, share=0.85),
+        Lookup(1, share=0.7),
         pp.SquarePatch(1),
         image_size=SIZE,
         crop_size=CROP,
@@ -163,8 +164,15 @@ def test_fresh_draws_are_right_as_often_as_stated() -> None:
         right = defense.predict(worst.expand(times, -1, -1, -1)) == 1
         slack = 4 * (stated * (1 - stated) / times) ** 0.5
         assert float(right.double().mean()) >= stated - slack
-    first = defense.predict(images.repeat(20, 1, 1, 1)).view(20, -1)
+    often = images.repeat(20, 1, 1, 1)
+    defense.crops = 1
+    first = defense.predict(often).view(20, -1)
     assert (first != first[0]).any()  # every prediction draws anew
+    seeded = []
+    for _ in range(2):
+        defense.generator = np.random.default_rng(5)
+        seeded.append(defense.predict(often))
+    assert torch.equal(*seeded)
 
 
 def test_vote_shares_from_samples_hold_with_their_confidence() -> None:
@@ -287,6 +295,7 @@ def test_scores_that_are_not_finite_vote_for_no_class_and_are_never_certified(mo
         ({"mode": "random-crops", "samples": 9, "confidence": 0}, "confidence: expected"),
         ({"mode": "fixed-crops", "samples": 9}, "samples: expected with mode 'random-crops'"),
         ({"threat": pp.SparsePixels(2)}, "whose places can be listed"),
+        ({"mode": "fixed-crops", "seed": -1}, "seed: expected a whole number"),
         ({"memory_budget": 0}, "memory_budget: expected"),
     ],
 )
@@ -303,3 +312,102 @@ def test_a_network_for_other_crops_is_refused() -> None:
     assert (
         prod(pp.RandomizedCropping(model, pp.SquarePatch(1), image_size=(6, 6)).places.grid) == 16
     )
+
+
+class Whole(nn.Module):
+    """Looks at the whole image, whatever the crop."""
+
+    crop_size = CROP
+
+    def cropped(self, images: Tensor, image: Tensor, corners: Tensor) -> Tensor:
+        bright = images.mean((1, 2, 3))[image]
+        return torch.stack([bright, 1 - bright], 1)
+
+
+class InPlace(Lookup):
+    """Changes the images that it is given."""
+
+    crop_size = CROP
+
+    def cropped(self, images: Tensor, image: Tensor, corners: Tensor) -> Tensor:
+        logits = self(cut(images, image, corners, CROP))
+        images.sub_(1.0)
+        return logits
+
+
+def test_a_model_that_sees_more_than_the_crop_is_refused() -> None:
+    defense = pp.RandomizedCropping(Whole().eval(), pp.SquarePatch(1), image_size=SIZE)
+    with pytest.raises(pp.PatchproofError, match="its pixels alone"):
+        defense.certify(black_and_white(2, 0), torch.zeros(2, dtype=torch.int64))
+
+
+def test_a_model_that_changes_its_input_changes_nothing_else() -> None:
+    images = black_and_white(3, 0)
+    before = images.clone()
+    labels = torch.ones(3, dtype=torch.int64)
+    whole, parts = (
+        pp.RandomizedCropping(InPlace(0), pp.SquarePatch(1), image_size=SIZE, batch_size=size)
+        for size in (64, 5)
+    )
+    assert torch.equal(whole.predict(images), parts.predict(images))
+    assert torch.equal(
+        whole.certify(images, labels).verdicts, parts.certify(images, labels).verdicts
+    )
+    assert torch.equal(images, before)
+
+
+def test_no_image_and_images_with_gradients_are_no_special_case() -> None:
+    defense = pp.RandomizedCropping(
+        Lookup(0), pp.SquarePatch(1), image_size=SIZE, crop_size=CROP, mode="random-crops", crops=3
+    )
+    assert defense.predict(black_and_white(0, 0)).shape == (0,)
+    images = black_and_white(2, 0)
+    labels = torch.ones(2, dtype=torch.int64)
+    first = defense.certify(images, labels)
+    assert torch.equal(defense.certify(images.requires_grad_(), labels).verdicts, first.verdicts)
+
+
+def test_another_number_of_crops_states_another_probability() -> None:
+    """What is kept between calls belongs to the settings that it was made for."""
+    shared: dict[str, Any] = {"image_size": SIZE, "crop_size": CROP, "mode": "random-crops"}
+    images = black_and_white(5, 1)
+    labels = torch.ones(5, dtype=torch.int64)
+    changed = pp.RandomizedCropping(Lookup(1), pp.SquarePatch(1), crops=64, **shared)
+    changed.certify(images, labels)
+    changed.crops, changed.seed = 3, 7
+    fresh = pp.RandomizedCropping(Lookup(1), pp.SquarePatch(1), crops=3, seed=7, **shared)
+    for first, second in zip(
+        changed.certify_stream(zip(range(5), images, labels.tolist(), strict=True)),
+        fresh.certify_stream(zip(range(5), images, labels.tolist(), strict=True)),
+        strict=True,
+    ):
+        assert isinstance(first[1], pp.ProbableCertification)
+        assert isinstance(second[1], pp.ProbableCertification)
+        assert torch.equal(first[1].success_probability, second[1].success_probability)
+        assert torch.equal(first[1].prediction, second[1].prediction)
+
+
+def test_the_least_number_of_crops_certifies_and_others_are_told_one_by_one() -> None:
+    defense = pp.RandomizedCropping(
+        Lookup(1, 0.9),
+        pp.SquarePatch(1),
+        image_size=LARGE,
+        crop_size=CROP,
+        mode="random-crops",
+        probability=0.9,
+    )
+    images = black_and_white(8, 2, LARGE)
+    labels = torch.ones(8, dtype=torch.int64)
+    every = torch.arange(defense.places.count).expand(8, -1)
+    found = defense.crop_labels(images, every)
+    numbers = [1, 2, 9, 33, 64]
+    success = defense.success_by_number(found, labels, numbers)
+    needed = defense.crops_needed(found, labels, numbers)
+    for image, number in enumerate(needed.tolist()):
+        enough = [n for n, s in zip(numbers, success[:, image].tolist(), strict=True) if s >= 0.9]
+        assert number == min(enough, default=0)
+        defense.crops = number or 64
+        result = defense.certify(images[[image]], labels[[image]])
+        assert isinstance(result, pp.ProbableCertification)
+        assert bool(result.certified_with_probability) == bool(enough)
+    assert (needed > 0).any()

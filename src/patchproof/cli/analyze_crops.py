@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from patchproof.cli.feature_bench import Tables
     from patchproof.defenses.randomized_cropping import Mode
     from patchproof.evaluation.crop_analyses import Draw, RecordedCrops
+    from patchproof.threat import Threat
     from patchproof.views.crops import CropViews
 
 _SETUPS = "Setups"
@@ -104,6 +105,21 @@ class CropBench(RecordedBench):
 
         self.record_and_write(analysis, parameters, tables, drawn, {analysis: shown})
 
+    def check(self, threats: Sequence[Threat], draws: Sequence[Draw]) -> None:
+        """Raise ``PatchproofError`` for what no defense can be made of, before anything runs."""
+        from patchproof.defenses import RandomizedCropping
+
+        for name, views in self.views.items():
+            for threat in threats:
+                for draw in draws:
+                    RandomizedCropping(
+                        self.classifiers[name].model,
+                        threat,
+                        image_size=self.image_size,
+                        crop_size=views.places.crop_size,
+                        **draw.settings(0),
+                    )
+
 
 def open_crop_bench(
     weights: ManyWeights = None, crop: CropOption = None, **shared: Any
@@ -148,10 +164,7 @@ def crops(
     threats = parse_patches(patches, locations, bench.image_size)
     draws = parse_draws(modes, numbers, replacement)
     shares = parse_shares(probabilities)
-    for views in bench.views.values():
-        for draw in draws:
-            if draw.crops:
-                views.places.check_number(draw.crops, draw.replacement)
+    bench.check(threats, draws)
     bench.run(
         "crops",
         {
@@ -187,6 +200,7 @@ def crop_draws(
     if len(threats) > 1:
         raise _misuse("--patches", "one patch", patches)
     draws = parse_draws("random-crops", numbers, replacement)
+    bench.check(threats, draws)
     bench.run(
         "crop-draws",
         {
@@ -218,6 +232,7 @@ def crops_needed(
     threats = parse_patches(patches, locations, bench.image_size)
     counts = sorted(parse_numbers(numbers))
     shares = parse_shares(probabilities)
+    bench.check(threats, parse_draws("random-crops", numbers, "with"))
     bench.run(
         "crops-needed",
         {
@@ -311,6 +326,7 @@ def _crop_figures(table: pd.DataFrame) -> Mapping[str, Figure]:
     one_model = first["model"] == first["model"].iloc[0]
     one_patch = first["threat"] == first["threat"].iloc[0]
     one_number = (first["mode"] == "all-crops") | (first["crops"] == number)
+    one_kind = first["replacement"] == first.groupby("mode")["replacement"].transform("first")
     drawn = {}
     if not one_patch.all():
         drawn["patches"] = figures.over_patches_figure(first[one_model & one_number])
@@ -318,8 +334,9 @@ def _crop_figures(table: pd.DataFrame) -> Mapping[str, Figure]:
         drawn["numbers"] = figures.over_numbers_figure(first[one_model & one_patch])
     if first["crop"].nunique() > 1:
         for mode in first["mode"].unique():
-            rows = first[one_patch & one_number & (first["mode"] == mode)]
-            drawn[f"sizes-{mode}"] = figures.over_sizes_figure(rows)
+            rows = first[one_patch & one_number & one_kind & (first["mode"] == mode)]
+            if not rows.duplicated(["crop", "positions"]).any():
+                drawn[f"sizes-{mode}"] = figures.over_sizes_figure(rows)
     return drawn
 
 

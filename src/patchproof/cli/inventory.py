@@ -86,6 +86,9 @@ INVENTORY = {
         "--patch any:10": "any rectangle of at most 10 pixels; any:1%, of at most 1% of them",
         "--patch line:12x2@30": "a bar 12 long, 2 thick, turned by 30 degrees; also square:5@45, "
         "diamond:7, parallelogram:4x6@20",
+        "--patch aspect:25@2.7:1": "a rectangle of about 25 pixels, 2.7 times as high as wide; "
+        "rectangle:12x2@45, turned by 45 degrees; bounds:square:5@45, upright around a shape",
+        "--patch 5+8x3": "one patch, any of these; transformed:5, a square stretched or turned",
         "--patch stencil:FILE": "a patch of any shape, the pixels of a picture that are not black",
         "--patch '2*5'": "two patches of 5x5 at once; in place of 5 any patch above",
         "--patch sparse:4": "any 4 pixels of the image, for interval-bounds",

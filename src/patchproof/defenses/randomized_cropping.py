@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, Self, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +39,7 @@ from patchproof.defenses.inference import (
     check_batch_size,
     default_batch_size,
     fastest_batch_size,
+    in_fitting_batches,
 )
 from patchproof.defenses.saved import DEFAULT_TOLERANCE
 from patchproof.models.crops import CropSize
@@ -149,6 +150,9 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
     """
 
     paper: Paper | None = "unsound"
+    generator: np.random.Generator | None = None
+    """Draws the random crops of predictions; None for secret draws. A certificate does not hold
+    against somebody who knows how it was seeded."""
 
     def __init__(
         self,
@@ -199,6 +203,8 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         if mode != "all-crops":
             self.crops = self.places.check_number(crops, replacement)
         self.replacement = replacement and mode != "all-crops"
+        if not isinstance(seed, int) or seed < 0:
+            raise PatchproofError(f"seed: expected a whole number >= 0, got {seed!r}")
         self.seed = seed
         self.probability = probability
         self.samples = samples
@@ -215,14 +221,15 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
             raise PatchproofError(f"memory_budget: expected bytes >= 1, got {memory_budget!r}")
         self.memory_budget = memory_budget
         self.regions = threat.regions(self.image_size)
+        self._is_local = False
         self._meeting = self.places.meeting(self.regions).parts
 
-    @cached_property
+    @property
     def fixed(self) -> Tensor:
         """The places that vote where they are the same for every image, (n,) int64."""
         if self.mode == "all-crops":
             return torch.arange(self.places.count)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = np.random.default_rng(self.seed)
         return self.places.draw(1, self.crops, self.replacement, generator)[0]
 
     @cached_property
@@ -241,11 +248,9 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         how = "with" if self.replacement else "without"
         if self.mode == "fixed-crops":
             return f"{self.crops} fixed {crops} of {self.places.count:,}, drawn {how} replacement"
-        known = (
-            ""
-            if self.samples is None
-            else (f" (vote shares from {self.samples:,} crops, confidence {self.confidence:g})")
-        )
+        known = ""
+        if self.samples is not None:
+            known = f" (vote shares from {self.samples:,} crops, confidence {self.confidence:g})"
         return (
             f"{self.crops} random {crops} of {self.places.count:,}, drawn {how} replacement, for a "
             f"probability of {self.probability:g}{known}"
@@ -283,9 +288,9 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         check_model(self.model)
         labels = [torch.empty(0, dtype=torch.int64)]
         forwards = [torch.empty(0, dtype=torch.int64)]
-        for batch in torch.split(images, self._images_at_once):
+        for batch in torch.split(images, self._images_at_once) if len(images) else ():
             if self.mode == "random-crops":
-                generator = torch.Generator().manual_seed(secrets.randbits(63))
+                generator = np.random.default_rng() if self.generator is None else self.generator
                 places = self.places.draw(len(batch), self.crops, self.replacement, generator)
             else:
                 places = self.fixed.expand(len(batch), -1)
@@ -306,6 +311,7 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         Returns:
             What each crop votes for, on the CPU.
         """
+        self._check_local(images)
         codes = places + self.places.count * torch.arange(len(images))[:, None]
         distinct, inverse = torch.unique(codes, return_inverse=True)
         image = distinct // self.places.count
@@ -314,14 +320,16 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         with exact_inference(images.device):
             size = self.batch_size or default_batch_size(crop, images.device)
             at_once = self._largest_batch(images, size)
-            scores = torch.cat(
-                [
-                    self._logits(images, *some).cpu()
-                    for some in zip(
-                        torch.split(image, at_once), torch.split(corners, at_once), strict=True
-                    )
-                ]
-            )
+            parts = []
+            for start in range(0, len(distinct), at_once):
+                batch = slice(start, start + at_once)
+                part, fitting = in_fitting_batches(
+                    lambda i, c: self._logits(images, i, c), image[batch], corners[batch]
+                )
+                parts.append(part.cpu())
+                if fitting < len(part):
+                    self.batch_size = fitting
+            scores = torch.cat(parts)
         classes = scores.shape[1]
         outputs = Outputs.empty(1, len(distinct), classes)
         outputs.record(torch.tensor(0), torch.arange(len(distinct)), scores)
@@ -389,11 +397,30 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         chance = self.paper_chances[votes_to_turn(counts) - 1]
         return (chance >= PAPER_PROBABILITY) & (counts.argmax(1) == labels)
 
-    @cached_property
+    @property
     def paper_chances(self) -> Tensor:
         """p_c (Equation 6) by the votes to turn less one, (n + 1,) float64."""
-        shares = hit_shares(self.overlapping, self.places.count, self.crops, self.replacement)
-        return hit_tail(shares)
+        return _paper_chances(self.overlapping, self.places.count, self.crops, self.replacement)
+
+    def success_by_number(
+        self, found: CropLabels, labels: Tensor, numbers: Sequence[int]
+    ) -> Tensor:
+        """Return ``success_probability`` with other numbers of random crops, (len(numbers), N).
+
+        More crops are not always better: an even number allows ties, which count against the
+        label, and where the patch decides more than the label's lead, every crop more does harm.
+
+        Args:
+            found: of all places.
+            labels: (N,) int64, the right classes.
+            numbers: of crops.
+        """
+        success = torch.zeros(len(numbers), len(labels), dtype=torch.float64)
+        for row, number in zip(success, numbers, strict=True):
+            other = type(self).from_dict(self.model, self.to_dict() | {"crops": number})
+            for part in self._parts(found):
+                row[part] = other._success(found.select(part), labels[part])[0].amin(1)
+        return success
 
     def crops_needed(self, found: CropLabels, labels: Tensor, numbers: Sequence[int]) -> Tensor:
         """Return the least of some numbers of random crops that certify an image, (N,) int64.
@@ -406,18 +433,9 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         Returns:
             0 where none is enough for ``probability``.
         """
-        needed = torch.zeros(len(labels), dtype=torch.int64)
-        for number in numbers:
-            left = (needed == 0).nonzero().squeeze(1)
-            some, wanted = found.select(left), labels[left]
-            other = type(self).from_dict(self.model, self.to_dict() | {"crops": number})
-            success = [
-                other._success(some.select(part), wanted[part])[0].amin(1)
-                for part in self._parts(some)
-            ]
-            if success:
-                needed[left[torch.cat(success) >= self.probability]] = number
-        return needed
+        enough = self.success_by_number(found, labels, numbers) >= self.probability
+        least = torch.tensor(numbers)[enough.int().argmax(0)]
+        return torch.where(enough.any(0), least, 0)
 
     def tune_batch_size(self, image: Tensor) -> int:
         """Measure which number of crops of images (C, H, W) like this is fastest, and keep it."""
@@ -435,7 +453,8 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
 
     def _parts(self, found: CropLabels) -> Iterator[Tensor]:
         """Yield which images to certify at once, so that the votes at regions fit into memory."""
-        at_once = max(1, _REGION_VALUES // (found.classes * len(self.regions)))
+        each = found.classes * max(len(self.regions), self.places.count)
+        at_once = max(1, _REGION_VALUES // each)
         yield from torch.split(torch.arange(len(found.labels)), at_once)
 
     @property
@@ -524,9 +543,9 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         at_regions = success_probability(votes, labels, count, chance, self.threat.patches)
         return at_regions, success_probability(clean, labels, count, chance).squeeze(1)
 
-    @cached_property
+    @property
     def _chance(self) -> Chance:
-        return ChanceTable(self.places.count, self.crops, self.replacement)
+        return _chance_table(self.places.count, self.crops, self.replacement)
 
     def _bounded_votes(self, votes: Tensor, classes: int, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Bound from samples how many places vote for the label, (N,), and for others, (N, C).
@@ -553,6 +572,32 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         rivals = (most + 1e-6).floor().long().scatter(1, labels[:, None], -1)
         return (own - 1e-6).ceil().long().clamp(min=0), rivals
 
+    def _check_local(self, images: Tensor) -> None:
+        """Raise unless a model that is given the whole image looks at each crop alone.
+
+        Pixels outside the crops at the corners and in the middle are NaN: scores that depend on
+        them are not finite.
+        """
+        if self._is_local or not hasattr(self.model, "cropped"):
+            return
+        height, width = self.places.crop_size
+        last, right = self.places.count - 1, self.places.grid[1] - 1
+        first = torch.zeros(1, dtype=torch.int64)
+        for place in {0, right, last - right, last // 2, last}:
+            corners = self.places.corners(torch.tensor([place]))
+            top, left = corners[0].tolist()
+            grey = torch.full_like(images[:1], 0.5)
+            alone = torch.full_like(grey, torch.nan)
+            alone[..., top : top + height, left : left + width] = 0.5
+            with exact_inference(images.device):
+                seen, whole = (self._logits(some, first, corners) for some in (alone, grey))
+            if whole.isfinite().all() and not seen.isfinite().all():
+                raise PatchproofError(
+                    "model: expected scores of a crop that depend on its pixels alone, got scores "
+                    "that change with the rest of the image"
+                )
+        self._is_local = True
+
     def _logits(self, images: Tensor, image: Tensor, corners: Tensor) -> Tensor:
         """Return the logits of a batch of crops, (B, classes)."""
         image, corners = image.to(images.device), corners.to(images.device)
@@ -573,8 +618,18 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         return min(size, self.memory_budget // needed)
 
 
-def _generator(seed: int, image: Tensor) -> torch.Generator:
+def _generator(seed: int, image: Tensor) -> np.random.Generator:
     """Return a generator by a seed and the pixels of an image, wherever it stands in a run."""
-    pixels = image.cpu().contiguous().numpy().tobytes()
-    digest = hashlib.sha256(seed.to_bytes(8, "big", signed=True) + pixels).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    pixels = image.detach().cpu().contiguous().numpy().tobytes()
+    digest = hashlib.sha256(pixels).digest()
+    return np.random.default_rng([seed, *np.frombuffer(digest, dtype=np.uint32).tolist()])
+
+
+@lru_cache(maxsize=8)
+def _chance_table(places: int, crops: int, replacement: bool) -> ChanceTable:
+    return ChanceTable(places, crops, replacement)
+
+
+@lru_cache(maxsize=64)
+def _paper_chances(overlapping: int, places: int, crops: int, replacement: bool) -> Tensor:
+    return hit_tail(hit_shares(overlapping, places, crops, replacement))

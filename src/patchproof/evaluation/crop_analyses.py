@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -94,11 +95,11 @@ class RecordedCrops:
         return defense.certify_votes(found, self.right)
 
     def drawn(
-        self, defense: RandomizedCropping, generator: torch.Generator | None = None
+        self, defense: RandomizedCropping, generator: np.random.Generator | None = None
     ) -> Tensor:
         """Draw the places of random crops for each image, (N, n) int64; by the defense's seed."""
         if generator is None:
-            generator = torch.Generator().manual_seed(defense.seed)
+            generator = np.random.default_rng(defense.seed)
         return defense.places.draw(len(self.right), defense.crops, defense.replacement, generator)
 
     def turned(self, drawn: Tensor) -> Tensor:
@@ -231,7 +232,7 @@ def repeated_draws(
     for one in recorded:
         for draw in draws:
             defense = one.defense(threat, **draw.settings(seed))
-            generator = torch.Generator().manual_seed(seed)
+            generator = np.random.default_rng(seed)
             turn = torch.stack([one.turned(one.drawn(defense, generator)) for _ in range(times)])
             chance = defense.paper_chances[turn - 1]
             rows.append(
@@ -273,20 +274,17 @@ def crops_needed(
     rows: list[dict[str, Any]] = []
     for one in recorded:
         for threat in threats:
-            for probability in probabilities:
-                defense = one.defense(
-                    threat, mode="random-crops", crops=numbers[0], probability=probability
-                )
-                needed = defense.crops_needed(one.found, one.right, numbers)
-                what = _described(one, threat, defense) | {"probability": probability}
-                del what["mode"], what["replacement"]
-                for number in numbers:
-                    enough = (needed > 0) & (needed <= number)
-                    rows.append(
-                        what
-                        | {"crops": number, "count": len(needed)}
-                        | accuracies(certified_with_probability=enough)
-                    )
+            defense = one.defense(threat, mode="random-crops", crops=numbers[0])
+            success = defense.success_by_number(one.found, one.right, numbers)
+            what = _described(one, threat, defense) | {"count": len(one.right)}
+            del what["mode"], what["replacement"]
+            rows += [
+                what
+                | {"probability": probability, "crops": number}
+                | accuracies(certified_with_probability=enough)
+                for probability in probabilities
+                for number, enough in zip(numbers, success >= probability, strict=True)
+            ]
     return pd.DataFrame(rows)
 
 

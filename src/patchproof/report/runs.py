@@ -38,7 +38,8 @@ MEASURES: dict[Kind, dict[str, str]] = {
     },
     "probable": {
         "certified with probability": "A prediction, for which crops are drawn anew, is provably "
-        "right with the probability that was asked for, or a higher one, whatever the patch shows.",
+        "right with the probability that was asked for, or a higher one, whatever the patch shows; "
+        "where vote shares are sampled, with the confidence that the run names.",
         "paper condition": "What the paper's criterion states; for comparison with published "
         "figures.",
         "clean": "One prediction of the defense is right on the clean image.",
@@ -164,6 +165,11 @@ class Run:
             parts.append(f"{number}{self.defense['mode']} of {_once(crop)}")
             if not self.defense.get("replacement", True):
                 parts.append("without replacement")
+            parts += [
+                f"{name} {self.defense[name]:g}"
+                for name in ("probability", "confidence")
+                if name in self.defense
+            ]
         if ablation := self.defense.get("ablation"):
             parts.append(f"{ablation['kind']} {ablation['size']}")
         parts += [

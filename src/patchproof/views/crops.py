@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -54,9 +55,9 @@ class CropPlaces:
         raise PatchproofError(f"crops: expected a number >= 1{limit}, got {number!r}")
 
     def draw(
-        self, images: int, number: int, replacement: bool, generator: torch.Generator
+        self, images: int, number: int, replacement: bool, generator: np.random.Generator
     ) -> Tensor:
-        """Draw places uniformly, (images, number) int64, by a generator on the CPU.
+        """Draw places uniformly, (images, number) int64.
 
         Args:
             images: how many draws, each independent of the others.
@@ -65,12 +66,9 @@ class CropPlaces:
             generator: of the random numbers.
         """
         if replacement:
-            return torch.randint(self.count, (images, number), generator=generator)
-        if images == 0:
-            return torch.empty(0, number, dtype=torch.int64)
-        return torch.stack(
-            [torch.randperm(self.count, generator=generator)[:number] for _ in range(images)]
-        )
+            return torch.from_numpy(generator.integers(self.count, size=(images, number)))
+        every = np.tile(np.arange(self.count), (images, 1))
+        return torch.from_numpy(generator.permuted(every, axis=1)[:, :number].copy())
 
     def meeting(self, regions: Regions) -> Regions:
         """Return the places whose crops meet each patch region, as regions of the grid.
@@ -164,11 +162,12 @@ def crop_scores(
     Raises:
         PatchproofError: what it says is not one row of logits for each crop.
     """
-    if hasattr(model, "cropped"):
-        scores = cast(CropNetwork, model).cropped(images, image, corners)
+    if hasattr(model, "cropped"):  # it may change its input in place
+        scores = cast(CropNetwork, model).cropped(images.clone(), image, corners)
     else:
         scores = model(cut(images, image, corners, size))
-    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(image):
+    fits = isinstance(scores, Tensor) and scores.ndim == 2 and len(scores) == len(image)
+    if not fits or scores.shape[1] < 2:
         got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise PatchproofError(
             f"model: expected logits of shape ({len(image)}, classes >= 2), got {got}"
