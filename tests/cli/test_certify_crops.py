@@ -193,7 +193,7 @@ MISTAKES = {
         "expected one of mode, crop, crops, replacement, seed, probability, samples, confidence",
     ),
     "no such mode": ("--patch 1 --defense-option mode=some", "or 'random-crops', got 'some'"),
-    "half a crop": ("--patch 1 --defense-option crops=1.5", "a number of crops such as 128"),
+    "half a crop": (f"--patch 1 {FIXED} --defense-option crops=1.5", "a number of crops such as"),
     "a crop of another network": (
         "--patch 1 --defense-option crop=4",
         "expected (5, 5), which the model was made for, got (4, 4)",
@@ -207,7 +207,7 @@ MISTAKES = {
     "a whole number": (f"--patch 1 {RANDOM} --defense-option probability=1", "such as 0.95"),
     "samples of fixed crops": (
         f"--patch 1 {FIXED} --defense-option samples=9",
-        "expected with mode 'random-crops' only, got 'fixed-crops'",
+        "expected with mode=random-crops, got mode=fixed-crops",
     ),
     "sparse pixels": ("--patch sparse:2", "expected patches, whose places can be listed"),
     "masks": ("--patch 1 --masks 3", "--masks: expected with --defense patchcleanser or"),

@@ -157,6 +157,26 @@ def test_the_guide_learns_rows_as_rows_and_columns_as_columns(
     assert torch.equal(lit, every)
 
 
+@pytest.mark.parametrize(("size", "places"), [((9, 7), (6, 2)), ((7, 9), (7, 9)), ((8, 8), (7, 5))])
+def test_the_guide_gives_some_places_what_it_gives_them_among_all(
+    size: tuple[int, int], places: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    guide = GuideUNet(3, 2, size, places, width=4)
+    images = torch.rand(5, 2, *size)
+    chosen = torch.randint(0, places[0] * places[1], (5, 6))
+    chosen[0, :2] = torch.tensor([0, places[0] * places[1] - 1])
+    everywhere = guide(images).flatten(2).gather(2, chosen[:, None].expand(-1, 3, -1))
+    some = guide.at(guide.features(images), chosen)
+    torch.testing.assert_close(some, everywhere)
+    for found, expected in zip(
+        torch.autograd.grad(some.square().sum(), list(guide.parameters())),
+        torch.autograd.grad(everywhere.square().sum(), list(guide.parameters())),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_an_untrained_guide_sees_a_pixel_where_it_is() -> None:
     """Of a random network, the change that a pixel makes is centred at its place."""
     torch.manual_seed(0)

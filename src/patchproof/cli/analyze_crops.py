@@ -65,7 +65,7 @@ Probabilities = Annotated[
     ),
 ]
 DrawSeed = Annotated[
-    int, typer.Option("--draw-seed", help="Seed of the draws.", rich_help_panel=_SETUPS)
+    int, typer.Option("--draw-seed", min=0, help="Seed of the draws.", rich_help_panel=_SETUPS)
 ]
 
 
@@ -107,13 +107,20 @@ class CropBench(RecordedBench):
 
     def check(self, threats: Sequence[Threat], draws: Sequence[Draw]) -> None:
         """Raise ``PatchproofError`` for what no defense can be made of, before anything runs."""
-        from patchproof.defenses import RandomizedCropping
+        import torch
 
+        from patchproof.defenses import RandomizedCropping
+        from patchproof.defenses.inference import model_device
+        from patchproof.views.crops import check_local
+
+        image = torch.zeros(1, self.bench.dataset.channels, *self.image_size)
         for name, views in self.views.items():
+            model = self.classifiers[name].model
+            check_local(model, views.places, image.to(model_device(model)))
             for threat in threats:
                 for draw in draws:
                     RandomizedCropping(
-                        self.classifiers[name].model,
+                        model,
                         threat,
                         image_size=self.image_size,
                         crop_size=views.places.crop_size,
@@ -176,8 +183,10 @@ def crops(
         lambda recorded: analyses.certified_accuracies(recorded, threats, draws, shares, draw_seed),
         _crop_figures,
         (
-            *("model", "crop", "threat", "mode", "crops", "replacement", "probability"),
-            *("clean", "certified", "certified_with_probability", "paper"),
+            *(("model", "crop") if len(bench.views) > 1 else ()),
+            *("threat", "mode", "crops"),
+            *(("replacement",) if replacement == "both" else ()),
+            *("probability", "clean", "certified", "certified_with_probability", "paper"),
         ),
     )
 
@@ -335,7 +344,8 @@ def _crop_figures(table: pd.DataFrame) -> Mapping[str, Figure]:
     if first["crop"].nunique() > 1:
         for mode in first["mode"].unique():
             rows = first[one_patch & one_number & one_kind & (first["mode"] == mode)]
-            if not rows.duplicated(["crop", "positions"]).any():
+            square = rows["crop"].map(lambda crop: len(set(crop.split("x"))) == 1).all()
+            if square and not rows.duplicated(["crop", "positions"]).any():
                 drawn[f"sizes-{mode}"] = figures.over_sizes_figure(rows)
     return drawn
 

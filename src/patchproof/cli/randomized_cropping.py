@@ -30,6 +30,12 @@ _EXPECTED = {
 """What ``--defense-option`` takes: the type of its value, and what it means."""
 
 
+_ONLY_IN = {
+    ("crops", "replacement", "seed"): ("fixed-crops", "random-crops"),
+    ("probability", "samples", "confidence"): ("random-crops",),
+}
+
+
 def build_randomized_cropping(
     model: nn.Module, threat: Threat, options: Mapping[str, Any], **shared: Any
 ) -> RandomizedCropping:
@@ -46,6 +52,13 @@ def build_randomized_cropping(
     """
     from patchproof.defenses import RandomizedCropping
 
+    mode = options.get("mode", "all-crops")
+    for names, modes in _ONLY_IN.items():
+        if mode not in modes and (given := [name for name in names if name in options]):
+            raise PatchproofError(
+                f"--defense-option {given[0]}: expected with mode={' or mode='.join(modes)}, "
+                f"got mode={mode}"
+            )
     values: dict[str, Any] = {}
     for option, value in options.items():
         if option not in _EXPECTED:

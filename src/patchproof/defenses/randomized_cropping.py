@@ -58,7 +58,7 @@ from patchproof.results import (
 )
 from patchproof.threat import SparsePixels, Threat, threat_from_dict
 from patchproof.threat.regions import ImageSize, check_image_size
-from patchproof.views.crops import CropPlaces, box_sums, crop_scores
+from patchproof.views.crops import CropPlaces, box_sums, check_local, crop_scores
 
 Mode = Literal["all-crops", "fixed-crops", "random-crops"]
 """Which crops vote: all, a public draw that is the same for every image, or a secret fresh one."""
@@ -201,7 +201,7 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         self.kind: Kind = "probable" if mode == "random-crops" else "recovery"
         self.crops = self.places.count
         if mode != "all-crops":
-            self.crops = self.places.check_number(crops, replacement)
+            self.crops = self.places.check_number("crops", crops, replacement)
         self.replacement = replacement and mode != "all-crops"
         if not isinstance(seed, int) or seed < 0:
             raise PatchproofError(f"seed: expected a whole number >= 0, got {seed!r}")
@@ -209,7 +209,7 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         self.probability = probability
         self.samples = samples
         if samples is not None:
-            self.samples = self.places.check_number(samples, replacement=True)
+            self.samples = self.places.check_number("samples", samples, replacement=True)
         elif mode == "random-crops" and self.places.count > LARGEST_TABLE:
             raise PatchproofError(
                 f"samples: expected a number for crops at more than {LARGEST_TABLE:,} places, got "
@@ -221,7 +221,7 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
             raise PatchproofError(f"memory_budget: expected bytes >= 1, got {memory_budget!r}")
         self.memory_budget = memory_budget
         self.regions = threat.regions(self.image_size)
-        self._is_local = False
+        self._checked: nn.Module | None = None
         self._meeting = self.places.meeting(self.regions).parts
 
     @property
@@ -311,7 +311,9 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         Returns:
             What each crop votes for, on the CPU.
         """
-        self._check_local(images)
+        if self._checked is not self.model:
+            check_local(self.model, self.places, images)
+            self._checked = self.model
         codes = places + self.places.count * torch.arange(len(images))[:, None]
         distinct, inverse = torch.unique(codes, return_inverse=True)
         image = distinct // self.places.count
@@ -572,32 +574,6 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         rivals = (most + 1e-6).floor().long().scatter(1, labels[:, None], -1)
         return (own - 1e-6).ceil().long().clamp(min=0), rivals
 
-    def _check_local(self, images: Tensor) -> None:
-        """Raise unless a model that is given the whole image looks at each crop alone.
-
-        Pixels outside the crops at the corners and in the middle are NaN: scores that depend on
-        them are not finite.
-        """
-        if self._is_local or not hasattr(self.model, "cropped"):
-            return
-        height, width = self.places.crop_size
-        last, right = self.places.count - 1, self.places.grid[1] - 1
-        first = torch.zeros(1, dtype=torch.int64)
-        for place in {0, right, last - right, last // 2, last}:
-            corners = self.places.corners(torch.tensor([place]))
-            top, left = corners[0].tolist()
-            grey = torch.full_like(images[:1], 0.5)
-            alone = torch.full_like(grey, torch.nan)
-            alone[..., top : top + height, left : left + width] = 0.5
-            with exact_inference(images.device):
-                seen, whole = (self._logits(some, first, corners) for some in (alone, grey))
-            if whole.isfinite().all() and not seen.isfinite().all():
-                raise PatchproofError(
-                    "model: expected scores of a crop that depend on its pixels alone, got scores "
-                    "that change with the rest of the image"
-                )
-        self._is_local = True
-
     def _logits(self, images: Tensor, image: Tensor, corners: Tensor) -> Tensor:
         """Return the logits of a batch of crops, (B, classes)."""
         image, corners = image.to(images.device), corners.to(images.device)
@@ -625,7 +601,7 @@ def _generator(seed: int, image: Tensor) -> np.random.Generator:
     return np.random.default_rng([seed, *np.frombuffer(digest, dtype=np.uint32).tolist()])
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=2)
 def _chance_table(places: int, crops: int, replacement: bool) -> ChanceTable:
     return ChanceTable(places, crops, replacement)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +68,7 @@ class SavedDefense(ABC):
 
     def _take_tolerance(self, tolerance: float) -> None:
         """Keep what every defense takes."""
-        if not tolerance >= 0:
+        if not 0 <= tolerance < math.inf:
             raise PatchproofError(f"tolerance: expected a number >= 0, got {tolerance!r}")
         self.tolerance = tolerance
 

@@ -144,8 +144,8 @@ def certified_accuracies(
     """Return what each certificate gives (Tables 2, 3 and 5, Figures 2 and 3).
 
     Rows of ``random-crops`` have a column for what is certified with a probability, those of the
-    deterministic modes for what is certified. ``paper`` is the paper's condition, at p_c of the
-    row's probability.
+    deterministic modes for what is certified. ``paper`` is the paper's condition, with p_c of at
+    least the row's probability; of 0.95 for fixed crops.
 
     Args:
         recorded: the classifiers.

@@ -74,6 +74,7 @@ def over_sizes_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
             draw_line(axes, rows["side"], rows, "clean", place, ink, None, "--")
         axes.xaxis.set_major_locator(FixedLocator(sorted(set(side))))
         axes.set_xlabel("side of the crops (pixels)")
+        axes.set_title(f"{table['mode'].iloc[0]}, {table['threat'].iloc[0]}", fontsize=9)
         accuracy_axis(axes, "accuracy", whole=False)
         add_legend(figure, axes, {"certified": "-", "clean": "--"})
     return figure
@@ -118,12 +119,31 @@ def _drawn(
         axes = figure.subplots()
         groups = table.groupby(["mode", "replacement"], sort=False)
         for place, ((mode, replacement), rows) in enumerate(groups):
-            without = mode != "all-crops" and not replacement
-            name = f"{mode}, without replacement" if without else str(mode)
+            words = [str(mode)]
+            if mode == "random-crops":
+                words.append(f"probability {rows['probability'].iloc[0]:g}")
+            if mode != "all-crops" and not replacement:
+                words.append("without replacement")
             at = x[rows.index]
-            draw_line(axes, at, rows, certified_column(rows), place, ink, name)
+            draw_line(axes, at, rows, certified_column(rows), place, ink, ", ".join(words))
             draw_line(axes, at, rows, "paper", place, ink, None, ":")
         label(axes)
+        axes.set_title(_said(table), fontsize=9)
         accuracy_axis(axes, "accuracy", whole=False)
         add_legend(figure, axes, _STYLES)
     return figure
+
+
+def _said(table: pd.DataFrame) -> str:
+    """Say what all rows have in common."""
+    drawn = table[table["mode"] != "all-crops"]
+    words = [
+        f"{rows[name].iloc[0]}{unit}"
+        for name, unit, rows in (
+            ("model", "", table),
+            ("threat", "", table),
+            ("crops", " crops of a draw", drawn),
+        )
+        if rows[name].nunique() == 1
+    ]
+    return ", ".join(words)

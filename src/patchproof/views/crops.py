@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patchproof.models.crops import CropNetwork, CropSize, check_crop_size, cut
+from patchproof.precision import exact_inference
 from patchproof.results import Corruption, PatchproofError, distinct_rows
 from patchproof.threat import Regions, Threat
 from patchproof.threat.regions import ImageSize
@@ -46,13 +47,13 @@ class CropPlaces:
         """Return the top left pixel of each place, (..., 2) int64, of (...) int64."""
         return torch.stack([places // self.grid[1], places % self.grid[1]], -1)
 
-    def check_number(self, number: object, replacement: bool) -> int:
+    def check_number(self, name: str, number: object, replacement: bool) -> int:
         """Return a number of crops that can be drawn, or raise ``PatchproofError``."""
         most = math.inf if replacement else self.count
         if isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= most:
             return number
         limit = "" if replacement else f" and at most the {self.count} places, without replacement"
-        raise PatchproofError(f"crops: expected a number >= 1{limit}, got {number!r}")
+        raise PatchproofError(f"{name}: expected a number >= 1{limit}, got {number!r}")
 
     def draw(
         self, images: int, number: int, replacement: bool, generator: np.random.Generator
@@ -150,6 +151,48 @@ class CropViews:
         each = torch.arange(len(images), device=images.device)
         corners = self.places.corners(forwards)
         return crop_scores(model, images, each, corners, self.places.crop_size)[:, None]
+
+
+def check_local(model: nn.Module, places: CropPlaces, images: Tensor) -> None:
+    """Raise ``PatchproofError`` unless a model scores each crop by its own pixels.
+
+    Five crops of a random image are scored with other pixels around them, NaN among them. Models
+    without the method ``cropped`` see nothing else.
+
+    Args:
+        model: of crops.
+        places: of the crops.
+        images: (N, C, H, W), for the number of channels, the type and the device.
+    """
+    if not hasattr(model, "cropped"):
+        return
+    (height, width), last, right = places.crop_size, places.count - 1, places.grid[1] - 1
+    pixels = np.random.default_rng(0).random((2, images.shape[1], *places.image_size))
+    shown, other = torch.from_numpy(pixels).to(images)
+    around = [shown, other, *(torch.full_like(shown, value) for value in (0.0, 1.0, torch.nan))]
+    for place in sorted({0, right, last - right, last // 2, last}):
+        corner = places.corners(torch.tensor([place]))
+        top, left = corner[0].tolist()
+        probes = torch.stack(around)
+        inside = (..., slice(top, top + height), slice(left, left + width))
+        probes[inside] = shown[inside]
+        first = torch.zeros(1, dtype=torch.int64, device=images.device)
+        with exact_inference(images.device):
+            scores = torch.cat(
+                [
+                    crop_scores(
+                        model, probe[None], first, corner.to(images.device), (height, width)
+                    )
+                    for probe in probes
+                ]
+            )
+        if scores[0].isfinite().all() and not torch.allclose(
+            scores, scores[:1].expand_as(scores), rtol=1e-4, atol=1e-4
+        ):
+            raise PatchproofError(
+                "model: expected scores of a crop that depend on its pixels alone, got scores that "
+                "change with the rest of the image"
+            )
 
 
 def crop_scores(
