@@ -8,10 +8,24 @@ import torch
 from torch import nn
 
 from patchproof.bounds import BoundedNetwork, PatchBoxes, patch_boxes
+from patchproof.bounds.windows import distinct_pairs
 from patchproof.models import ModelSpec, build_model
 from patchproof.results import PatchproofError
 from patchproof.threat import RectanglePatches, SquarePatch, StencilPatch
 from patchproof.threat.regions import Regions
+
+
+class Skipping(nn.Module):
+    """A fully connected layer of which both an activation and the sum after it take the outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Linear(144, 16)
+        self.last = nn.Linear(16, 3)
+
+    def forward(self, images):
+        hidden = self.enter(images.flatten(1))
+        return self.last(torch.relu(hidden) + hidden)
 
 
 class Residual(nn.Module):
@@ -197,6 +211,53 @@ def test_regions_of_each_image_get_the_margins_that_all_regions_get(name, epsilo
         logits = network.model(images)
         leads = logits.gather(1, labels[:, None]) - logits
         torch.testing.assert_close(found, leads[:, None].expand(-1, 7, -1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("places", [42, 3], ids=["many-places", "few-places"])
+@pytest.mark.parametrize("name", ["perceptron", "convolutions"])
+def test_regions_of_each_image_have_the_gradients_that_all_regions_have(name, places):
+    model = networks()[name].eval()
+    network = BoundedNetwork(model, (2, 9, 8))
+    images, labels = examples()
+    (_, boxes) = patch_boxes(SquarePatch(3).regions((9, 8)))[0]
+    chosen = torch.randint(0, places, (5, 7))
+    prepared = network.prepare(images, labels, slack=False)
+    everywhere = network.margins(prepared, boxes)[chosen, torch.arange(5)[:, None]]
+    wanted = torch.autograd.grad(everywhere.square().sum(), list(model.parameters()))
+    pairs = replace(boxes.choose(chosen.flatten()), each=7)
+    margins = network.margins(network.prepare(images, labels, slack=False), pairs)
+    found = torch.autograd.grad(margins.square().sum(), list(model.parameters()))
+    for gradient, expected in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_an_activation_leaves_what_others_take_of_an_affine_layer():
+    torch.manual_seed(0)
+    model = Skipping().eval()
+    network = BoundedNetwork(model, (2, 9, 8))
+    images, labels = examples()
+    regions = SquarePatch(3).regions((9, 8))
+    margins = network.lowest_margins(images, labels, regions)
+    plain = network.plain_margins(images, labels, regions)
+    torch.testing.assert_close(margins, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_boxes_that_stick_out_of_the_image_end_at_its_border():
+    model = networks()["convolutions"].eval()
+    network = BoundedNetwork(model, (2, 9, 8))
+    prepared = network.prepare(*examples(), slack=False)
+    out = network.margins(prepared, PatchBoxes(torch.tensor([[-1, 6]]), (3, 3)))
+    inside = network.margins(prepared, PatchBoxes(torch.tensor([[0, 6]]), (2, 2)))
+    torch.testing.assert_close(out, inside, rtol=1e-4, atol=1e-5)
+
+
+def test_distinct_pairs_are_those_of_unique_rows():
+    torch.manual_seed(0)
+    pairs = torch.randint(-4, 5, (50, 2))
+    expected, places = torch.unique(pairs, dim=0, return_inverse=True)
+    distinct, which = distinct_pairs(pairs)
+    assert torch.equal(distinct, expected)
+    assert torch.equal(which, places)
 
 
 @pytest.mark.parametrize("name", ["convolutions", "perceptron"])

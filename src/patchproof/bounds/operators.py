@@ -25,6 +25,7 @@ from patchproof.bounds.windows import (
     Everywhere,
     Windows,
     cut,
+    distinct_pairs,
     gamma,
     in_order,
     inside_map,
@@ -188,7 +189,7 @@ class Linear(Weighted):
         shift, radius = given.shift.flatten(2), given.radius.flatten(2)
         if given.each is None:
             return self._by_regions(clean.value, given.places, shift, radius)
-        distinct, which = torch.unique(given.starts, dim=0, return_inverse=True)
+        distinct, which = distinct_pairs(given.starts)
         if len(distinct) * 4 > len(given.starts):
             moved, spread = (
                 sums[:, None]
@@ -403,7 +404,7 @@ class Convolution(Weighted):
         first, offsets, size, needed = reach(
             given, (kernel[0], kernel[1]), self.stride, self.padding, self.dilation, shape
         )
-        distinct, which = torch.unique(offsets, dim=0, return_inverse=True)
+        distinct, which = distinct_pairs(offsets)
         shifts, radii = given.shift, given.radius
         if len(distinct) > self.stride[0] * self.stride[1]:  # windows that became the whole map
             shifts, radii = (placed(values, offsets, needed) for values in (shifts, radii))

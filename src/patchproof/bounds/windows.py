@@ -228,12 +228,23 @@ def inside_map(starts: Tensor, size: tuple[int, int], shape: tuple[int, int]) ->
     return (on_map[0][:, :, None] & on_map[1][:, None, :])[:, None, None]
 
 
+def distinct_pairs(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the different rows of (n, 2) int64, and for each row which of them it is, (n,).
+
+    ``torch.unique`` of whole rows compares them one by one.
+    """
+    least = pairs.amin(0)
+    span = int((pairs[:, 1] - least[1]).max()) + 1
+    number, which = torch.unique((pairs - least) @ torch.tensor([span, 1]), return_inverse=True)
+    return torch.stack([number // span, number % span], 1) + least, which
+
+
 def placed(values: Tensor, offsets: Tensor, size: tuple[int, int]) -> Tensor:
     """Return windows (L, N, C, h, w) inside larger ones of zeros, each at its offset (L, 2).
 
     What lies beyond the size is cut off.
     """
-    distinct, which = torch.unique(offsets, dim=0, return_inverse=True)
+    distinct, which = distinct_pairs(offsets)
     parts = [
         padded(values if len(distinct) == 1 else values[which == number], (top, left), size)
         for number, (top, left) in enumerate(distinct.tolist())

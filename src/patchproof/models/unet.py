@@ -103,7 +103,7 @@ class GuideUNet(nn.Module):
         index = (first[:, :, None] + around).flatten(1)[:, None]
         padded = functional.pad(features, (1, 1, 1, 1)).flatten(2)
         seen = padded.gather(2, index.expand(-1, features.shape[1], -1))
-        seen = seen.reshape(*seen.shape[:2], -1, 3)  # the kernel's three rows of one place after another
+        seen = seen.reshape(*seen.shape[:2], -1, 3)  # three rows a place
         weight, bias = self.up_full.weight, self.up_full.bias
         margins: Tensor = self.head(torch.relu(functional.conv2d(seen, weight, bias, stride=3)))
         return margins.squeeze(3)
