@@ -219,8 +219,8 @@ PYTHON
       --replacement both --name numbers
     $patchproof analyze crop-draws "${study[@]}" --patches 5
     $patchproof analyze crops-needed "${study[@]}" --patches 2,5 --probabilities 0.95,0.99
-    "$(dirname "$patchproof")/python" docs/results/crops_simulation.py \
-      "$OUT"/crops-cifar10/recordings/* | tee "$OUT/crops-simulation.jsonl"
+    "$(dirname "$patchproof")/python" docs/results/crop_votes_simulation.py \
+      "$OUT"/crops-cifar10/recordings/* | tee "$OUT/crop-votes-simulation.jsonl"
     $patchproof analyze crops --data "$DATA/mnist" --weights zoo/mnist-crops10.safetensors \
       --threads 1 --out "$OUT/crops-mnist" --patches 2,5 --name patches
     # Figure 2: small networks for crops of several sizes, told where the crop is or not.
@@ -250,7 +250,7 @@ PYTHON
         1to2.7=aspect:25@1:2.7 1to6=aspect:25@1:6 bounds=bounds:square:5@45 \
         rotated=square:5@45 worst=transformed:5}; do
         images=$count
-        if [ "$defense-${kind%%=*}" = patchcleanser-worst ]; then images=100; fi # 4,656 views
+        if [ "$defense-${kind%%=*}" = patchcleanser-worst ]; then images=50; fi # 4,656 views
         $patchproof certify --data "$DATA/cifar10" --weights "zoo/cifar10-$network.safetensors" \
           --patch "${kind#*=}" --defense "$defense" --count "$images" --gallery 0 --note "$note" \
           "${extra[@]}" --out "$OUT/transformations-$defense-$network-${kind%%=*}"

@@ -88,7 +88,7 @@ def test_every_crop_is_classified_once_for_all_analyses(patchproof: Patchproof) 
         ("--patches 1 --modes some", "--modes: expected some of all-crops"),
         ("--patches 1 --modes all-crops,all-crops", "each once"),
         ("--patches 1 --numbers 0", "--numbers: expected numbers of crops"),
-        ("--patches 1 --numbers 12 --replacement without", "at most the 9 places"),
+        ("--patches 1 --numbers 12 --replacement without", "from 1 to 9 places"),
         ("--patches 1 --probabilities 1", "--probabilities: expected numbers in (0, 1)"),
         ("--patches 9", "expected"),
         ("--patches 1 --crop 9", "crop_size: expected"),

@@ -201,7 +201,7 @@ MISTAKES = {
     "a crop larger than the image": ("--patch 1 --defense-option crop=9", "crop_size: expected"),
     "more crops than places": (
         f"--patch 1 {FIXED} --defense-option replacement=false --defense-option crops=17",
-        "at most the 16 places, without replacement, got 17",
+        "from 1 to 16 places, without replacement, got 17",
     ),
     "certainty": (f"--patch 1 {RANDOM} --defense-option probability=1.0", "in (0, 1), got 1.0"),
     "a whole number": (f"--patch 1 {RANDOM} --defense-option probability=1", "such as 0.95"),

@@ -321,6 +321,14 @@ def parse_memory(text: str) -> int:
     raise _misuse("--memory", "a size such as 2GiB or 500MB", text)
 
 
+_PLUS = re.compile(
+    r"\+(?=\s*(?:\d|(?:any|sparse|aspect|transformed|bounds|line|square|rectangle|diamond|"
+    r"parallelogram|stencil)\s*:))",
+    re.IGNORECASE,
+)
+"""Between the patches of ``5+square:5@45``; not in the name of a picture."""
+
+
 def parse_threat(
     patch: str | None, covering: float | None, locations: str, image_size: tuple[int, int]
 ) -> Threat:
@@ -349,7 +357,7 @@ def parse_threat(
     count, times, one = patch.rpartition("*")
     if times and not re.fullmatch(r"\d{1,6}", count.strip()):
         raise _misuse("--patch", "a number of patches before *, such as 2*5", patch)
-    kinds = [_parse_patch(kind, patch, place, image_size) for kind in one.split("+")]
+    kinds = [_parse_patch(kind, patch, place, image_size) for kind in _PLUS.split(one)]
     threat = kinds[0] if len(kinds) == 1 else AnyPatch(kinds)
     if times:
         threat = MultiplePatches(int(count), threat)

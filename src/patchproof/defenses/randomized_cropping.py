@@ -176,7 +176,8 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
             raise PatchproofError(f"mode: expected {either(known)}, got {mode!r}")
         if isinstance(threat, SparsePixels):
             raise PatchproofError(
-                f"threat: expected patches, whose places can be listed, got {threat.describe()}"
+                f"threat: expected patches, whose places can be listed, got {threat.describe()}: "
+                "take IntervalBoundPropagation (--defense interval-bounds)"
             )
         if samples is not None and mode != "random-crops":
             raise PatchproofError(f"samples: expected with mode 'random-crops' only, got {mode!r}")

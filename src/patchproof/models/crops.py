@@ -38,6 +38,8 @@ def check_crop_size(crop_size: object, image_size: tuple[int, int]) -> CropSize:
     """Return (height, width) of a crop inside the image, or raise ``PatchproofError``."""
     size = (crop_size, crop_size) if isinstance(crop_size, int) else crop_size
     match size:
+        case (bool(), _) | (_, bool()) | [bool(), _] | [_, bool()]:
+            pass
         case (int(height), int(width)) | [int(height), int(width)] if (
             1 <= height <= image_size[0] and 1 <= width <= image_size[1]
         ):

@@ -82,6 +82,16 @@ class CropRecipe(Recipe):
                 f"expected the crops that the network was made for, {made_for}, "
                 f"got {self.crop_size}"
             )
+        images = torch.zeros(1, spec.channels, *spec.image_size)
+        try:
+            with torch.no_grad():
+                self.cropped(network.eval(), images, torch.zeros(1, 2, dtype=torch.int64))
+        except RuntimeError as error:
+            first_line = str(error).partition("\n")[0]
+            raise PatchproofError(
+                f"expected a network that classifies crops of {self.crop_size} pixels, got "
+                f"{spec.name}, which fails: {first_line}"
+            ) from error
 
     def loss(
         self, network: nn.Module, views: Tensor, labels: Tensor, drawn: Tensor | None

@@ -14,7 +14,11 @@ from patchproof.models.crops import CropNetwork, CropSize, check_crop_size, cut
 from patchproof.precision import exact_inference
 from patchproof.results import Corruption, PatchproofError, distinct_rows
 from patchproof.threat import Regions, Threat
-from patchproof.threat.regions import ImageSize
+from patchproof.threat.regions import Box, ImageSize
+from patchproof.threat.shapes import boxes_of, pixels_of
+
+_MOST_DRAWN = 20_000
+"""Crops of a draw: of more than there are places only few are new."""
 
 
 class CropPlaces:
@@ -49,11 +53,11 @@ class CropPlaces:
 
     def check_number(self, name: str, number: object, replacement: bool) -> int:
         """Return a number of crops that can be drawn, or raise ``PatchproofError``."""
-        most = math.inf if replacement else self.count
+        most = _MOST_DRAWN if replacement else self.count
         if isinstance(number, int) and not isinstance(number, bool) and 1 <= number <= most:
             return number
-        limit = "" if replacement else f" and at most the {self.count} places, without replacement"
-        raise PatchproofError(f"{name}: expected a number >= 1{limit}, got {number!r}")
+        why = "" if replacement else " places, without replacement"
+        raise PatchproofError(f"{name}: expected a number from 1 to {most:,}{why}, got {number!r}")
 
     def draw(
         self, images: int, number: int, replacement: bool, generator: np.random.Generator
@@ -74,20 +78,40 @@ class CropPlaces:
     def meeting(self, regions: Regions) -> Regions:
         """Return the places whose crops meet each patch region, as regions of the grid.
 
-        A crop meets a box of pixels if it begins less than its own size before the box, or in it
-        (Equations 2 and 7 count these for a rectangle at the centre). The places for a region of
-        several boxes are the union of theirs.
+        A crop meets a pixel if it begins less than its own size before it, or there (Equations 2
+        and 7 count these for a rectangle at the centre). Regions of one shape meet the same places
+        but for where they are, and those that the image has not.
 
         Args:
             regions: R regions of the image.
         """
-        parts = regions.parts
-        first = (parts[..., :2] - torch.tensor(self.crop_size) + 1).clamp(min=0)
-        last = torch.minimum(parts[..., :2] + parts[..., 2:], torch.tensor(self.grid))
-        used = parts[..., 2:3] > 0
-        boxes = torch.cat([first, last - first], -1) * used
-        single = Regions(self.grid, boxes.view(-1, 1, 4))
-        return single.unions(torch.arange(len(single)).view(len(parts), -1))
+        parts, used = regions.parts, regions.parts[..., 2:3] > 0
+        corner = torch.where(used, parts[..., :2], max(self.image_size)).amin(1, keepdim=True)
+        shapes = torch.cat([parts[..., :2] - corner, parts[..., 2:]], -1) * used
+        distinct, which = torch.unique(shapes.flatten(1), dim=0, return_inverse=True)
+        grown = [self._grown(shape) for shape in distinct.view(-1, *shapes.shape[1:])]
+        most = max(map(len, grown))
+        boxes = torch.stack([functional.pad(some, (0, 0, 0, most - len(some))) for some in grown])
+        boxes = boxes[which]
+        first = boxes[..., :2] + corner - torch.tensor(self.crop_size) + 1
+        last = torch.minimum(first + boxes[..., 2:], torch.tensor(self.grid))
+        first = first.clamp(min=0)
+        inside = ((last > first).all(-1) & (boxes[..., 2] > 0))[..., None]
+        return Regions(self.grid, torch.cat([first, last - first], -1) * inside)
+
+    def _grown(self, shape: Tensor) -> Tensor:
+        """Return where crops begin that meet a shape of boxes (B, 4), as disjoint boxes (b, 4).
+
+        A crop that begins at the corner of the shape's smallest box is at the crop's size less one.
+        """
+        boxes = [Box(*box) for box in shape.tolist() if box[2]]
+        height = max(box.top + box.height for box in boxes)
+        width = max(box.left + box.width for box in boxes)
+        rows, columns = self.crop_size
+        pixels = pixels_of(boxes, (height, width)).float()[None, None]
+        around = functional.pad(pixels, (columns - 1, columns - 1, rows - 1, rows - 1))
+        met = functional.max_pool2d(around, self.crop_size, 1)[0, 0] > 0
+        return torch.tensor(boxes_of(met))
 
 
 def box_sums(values: Tensor, boxes: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Check the stated probabilities of random crops by simulation, on the votes of real images.
 
-python docs/results/crops_simulation.py docs/results/crops-cifar10/recordings/DIGEST
+python docs/results/crop_votes_simulation.py docs/results/crops-cifar10/recordings/DIGEST
 
 Of images that the label wins on, drawn with a seed, those with a stated probability from 0.5 to
 0.9999: at the worst place of a 5x5 patch, every crop that meets it votes for the runner-up. Fresh
