@@ -6,6 +6,8 @@ Of images that the label wins on, drawn with a seed, those with a stated probabi
 0.9999: at the worst place of a 5x5 patch, every crop that meets it votes for the runner-up. Fresh
 draws of 128 of the 529 crops are then counted; a draw is right if the label has strictly the most
 votes. One JSON line for draws with replacement, one for draws without.
+``least_chance_times_images`` is the p-value, after Bonferroni, of the image for which the stated
+probability is most in doubt.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import binom
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,7 +28,7 @@ from patchproof.aggregation.crop_votes import Votes
 from patchproof.evaluation.feature_recording import FeatureRecording
 from patchproof.views.crops import CropViews
 
-CROPS, CLASSES, SEED = 128, 10, 0
+CROPS, CLASSES = 128, 10
 
 
 def attacked(
@@ -56,13 +59,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000, help="of the recording")
     parser.add_argument("--chosen", type=int, default=300, help="images to simulate")
     parser.add_argument("--draws", type=int, default=2000, help="of each image")
+    parser.add_argument("--seed", type=int, default=0, help="of images and draws")
     arguments = parser.parse_args()
     recording = FeatureRecording.read(arguments.recording, arguments.images)
     parts = [(part.outputs.labels, part.right) for part in recording.parts()]
     labels, right = (torch.cat(column) for column in zip(*parts, strict=True))
     views = CropViews((32, 32), 10)
     patterns = views.corruption(SquarePatch(5)).patterns
-    generator = np.random.default_rng(SEED)
+    generator = np.random.default_rng(arguments.seed)
     for replacement in (True, False):
         chance = ChanceTable(views.count, CROPS, replacement)
         stated, found = [], []
@@ -75,7 +79,8 @@ def main() -> None:
             if len(stated) == arguments.chosen:
                 break
         promised, came = torch.tensor(stated), torch.tensor(found)
-        errors = (promised * (1 - promised) / arguments.draws).sqrt()
+        # How likely it is that a draw of the stated probability is right no more often than found.
+        chances = binom.cdf((came * arguments.draws).round(), arguments.draws, promised)
         outcome = {
             "replacement": replacement,
             "images": len(stated),
@@ -83,7 +88,7 @@ def main() -> None:
             "stated": float(promised.mean()),
             "found": float(came.mean()),
             "most_stated_above_found": float((promised - came).max()),
-            "most_in_standard_errors": float(((promised - came) / errors).max()),
+            "least_chance_times_images": float(min(chances) * len(stated)),
         }
         print(json.dumps({name: round(v, 4) for name, v in outcome.items()}))
 

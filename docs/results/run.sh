@@ -221,7 +221,7 @@ PYTHON
     $patchproof analyze crops-needed "${study[@]}" --patches 2,5 --probabilities 0.95,0.99
     "$(dirname "$patchproof")/python" docs/results/crop_votes_simulation.py \
       "$OUT"/crops-cifar10/recordings/* | tee "$OUT/crop-votes-simulation.jsonl"
-    $patchproof analyze crops --data "$DATA/mnist" --weights zoo/mnist-crops10.safetensors \
+    $patchproof analyze crops --data "$DATA/mnist" --weights zoo/mnist-crops7.safetensors \
       --threads 1 --out "$OUT/crops-mnist" --patches 2,5 --name patches
     # Figure 2: small networks for crops of several sizes, told where the crop is or not.
     sizes=()
@@ -248,9 +248,11 @@ PYTHON
       if [ "$defense" = patchcleanser ]; then extra+=(--masks 4); fi
       for kind in ${KINDS:-1to1=5 2.7to1=aspect:25@2.7:1 6to1=aspect:25@6:1 \
         1to2.7=aspect:25@1:2.7 1to6=aspect:25@1:6 bounds=bounds:square:5@45 \
-        rotated=square:5@45 worst=transformed:5}; do
+        rotated=square:5@45 worst=transformed:5 all=12x2+2x12+bounds:square:5@45}; do
         images=$count
-        if [ "$defense-${kind%%=*}" = patchcleanser-worst ]; then images=50; fi # 4,656 views
+        case $defense-${kind%%=*} in # 4,656 and 1,176 views
+          patchcleanser-worst | patchcleanser-all) images=100 ;;
+        esac
         $patchproof certify --data "$DATA/cifar10" --weights "zoo/cifar10-$network.safetensors" \
           --patch "${kind#*=}" --defense "$defense" --count "$images" --gallery 0 --note "$note" \
           "${extra[@]}" --out "$OUT/transformations-$defense-$network-${kind%%=*}"

@@ -27,7 +27,8 @@ def over_patches_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
     x = table["threat"].map({patch: place for place, patch in enumerate(patches)})
 
     def label(axes: Axes) -> None:
-        axes.set_xticks(range(len(patches)), patches, rotation=20, ha="right")
+        names = [patch.partition(" (")[0] for patch in patches]
+        axes.set_xticks(range(len(patches)), names, rotation=20, ha="right")
         axes.set_xlabel("patch")
 
     return _drawn(table, x, label, ink)
@@ -99,6 +100,7 @@ def needed_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_xlabel("random crops")
+        axes.set_title(str(table["model"].iloc[0]), fontsize=9)
         accuracy_axis(axes, "certified with the probability", whole=False)
         add_legend(figure, axes)
     return figure
