@@ -290,7 +290,10 @@ def test_scores_that_are_not_finite_vote_for_no_class_and_are_never_certified(mo
         ({"mode": "some-crops"}, "mode: expected 'all-crops' or"),
         ({"crop_size": 6}, "crop_size: expected"),
         ({"mode": "fixed-crops", "crops": 0}, "crops: expected a number from 1 to"),
-        ({"mode": "fixed-crops", "crops": 13, "replacement": False}, "from 1 to 12 places, without"),
+        (
+            {"mode": "fixed-crops", "crops": 13, "replacement": False},
+            "from 1 to 12 places, without",
+        ),
         ({"mode": "random-crops", "probability": 1.0}, "probability: expected a number in"),
         ({"mode": "random-crops", "samples": 9, "confidence": 0}, "confidence: expected"),
         ({"mode": "fixed-crops", "samples": 9}, "samples: expected with mode 'random-crops'"),

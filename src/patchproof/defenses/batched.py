@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from patchproof.aggregation.base import Stop
-from patchproof.defenses.checks import check_images, check_labels, check_model
+from patchproof.defenses.checks import check_images, check_model, checked_examples
 from patchproof.defenses.inference import model_device
 from patchproof.defenses.saved import SavedDefense
 from patchproof.results import Certificates, PatchproofError, Prediction
@@ -61,11 +61,7 @@ class BatchedDefense(SavedDefense, Generic[C]):
             PatchproofError: images or labels of another shape, type or range, no image at all, or a
                 model in training mode.
         """
-        check_images(images, self.image_size)
-        numbers = check_labels(labels, len(images)).tolist()
-        if not len(images):
-            raise PatchproofError("images: expected at least one, got none")
-        examples = ((index, images[index], label) for index, label in enumerate(numbers))
+        examples = checked_examples(images, labels, self.image_size)
         parts = [part for _, part in self.certify_stream(examples, stop)]
         return parts[0].concatenate(parts, torch.arange(len(images)))
 

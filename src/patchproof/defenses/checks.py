@@ -61,6 +61,17 @@ def check_labels(labels: object, count: int) -> Tensor:
     return labels.cpu().long()
 
 
+def checked_examples(
+    images: Tensor, labels: Tensor, image_size: ImageSize
+) -> list[tuple[int, Tensor, int]]:
+    """Return the position, image and label of each, or raise for what cannot be certified."""
+    check_images(images, image_size)
+    numbers = check_labels(labels, len(images)).tolist()
+    if not len(images):
+        raise PatchproofError("images: expected at least one, got none")
+    return [(index, images[index], label) for index, label in enumerate(numbers)]
+
+
 def check_label_range(labels: Tensor, classes: int) -> None:
     """Raise unless every label is a class."""
     wrong = labels[(labels < 0) | (labels >= classes)]

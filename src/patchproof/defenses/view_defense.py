@@ -16,8 +16,8 @@ from patchproof.aggregation.base import CERTAIN, Stop
 from patchproof.defenses.checks import (
     check_images,
     check_label_range,
-    check_labels,
     check_model,
+    checked_examples,
 )
 from patchproof.defenses.inference import (
     bytes_per_image,
@@ -159,11 +159,7 @@ class ViewSystem(ABC, Generic[C]):
             PatchproofError: images or labels of another shape, type or range, no image at all, or a
                 model in training mode.
         """
-        check_images(images, self.image_size)
-        numbers = check_labels(labels, len(images)).tolist()
-        if not len(images):
-            raise PatchproofError("images: expected at least one, got none")
-        examples = ((index, images[index], label) for index, label in enumerate(numbers))
+        examples = checked_examples(images, labels, self.image_size)
         keys: list[int] = []
         parts: list[C] = []
         for group, part in self.certify_stream(examples, stop):

@@ -8,7 +8,6 @@ that wrap around the border among them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,17 +19,14 @@ from patchproof.models import ModelSpec
 from patchproof.models.ablation import AblatedNetwork, Ablation, Kept
 from patchproof.results import PatchproofError
 from patchproof.training.masking import draw_candidates
-from patchproof.training.recipe import Recipe
-
-VALIDATION_IMAGES = 1000
-"""Most validation images: each is classified once for each of the places."""
+from patchproof.training.voting import VotingRecipe
 
 VALIDATION_PLACES = 32
 """Most places that vote in a validation; the defense itself asks all."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class AblationRecipe(Recipe):
+class AblationRecipe(VotingRecipe):
     """Train on images of which one or several random blocks are kept.
 
     A network with a method ``ablated`` is given the image and what is kept; any other sees the rest
@@ -55,24 +51,6 @@ class AblationRecipe(Recipe):
     def name(self) -> str:
         """Return ``ablation``."""
         return "ablation"
-
-    @property
-    def measures(self) -> Mapping[str, str]:
-        """Return the accuracy of the majority vote, and that of single ablated images."""
-        return {
-            "vote_accuracy": "validation accuracy of the vote",
-            "view_accuracy": "of one view",
-        }
-
-    @property
-    def chosen_by(self) -> str:
-        """Return the accuracy of the vote."""
-        return "vote_accuracy"
-
-    @property
-    def validation_images(self) -> int | None:
-        """Return the most validation images."""
-        return VALIDATION_IMAGES
 
     def draw(self, spec: ModelSpec, count: int) -> Tensor | None:
         """Return the corners of what is kept in a validation, (V, bands, 2) int64."""
@@ -102,36 +80,13 @@ class AblationRecipe(Recipe):
         """Return the cross-entropy of images of which random blocks are kept."""
         corners = self.ablation.corners((views.shape[2], views.shape[3]))
         places = corners[draw_candidates(len(views), len(corners), self.bands)]
-        logits = self.ablated(network, views, places.to(views.device))
+        logits = self.view(network, views, places.to(views.device))
         return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
-    def validate(
-        self,
-        network: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        drawn: Tensor | None,
-        positions: slice,
-    ) -> dict[str, Tensor]:
-        """Return which images the vote gets right, and the share of views that are right."""
-        assert drawn is not None
-        votes = torch.stack(
-            [
-                self.ablated(network, images, corners.expand(len(images), -1, -1)).argmax(1)
-                for corners in drawn
-            ],
-            dim=1,
-        )
-        counts = functional.one_hot(votes).sum(1)  # a tie goes to the lowest class, as in defenses
-        return {
-            "vote_accuracy": counts.argmax(1) == labels,
-            "view_accuracy": (votes == labels.unsqueeze(1)).float().mean(1),
-        }
-
-    def ablated(self, network: nn.Module, images: Tensor, corners: Tensor) -> Tensor:
+    def view(self, network: nn.Module, images: Tensor, places: Tensor) -> Tensor:
         """Return logits (N, classes) of images (N, C, H, W) with blocks kept at (N, bands, 2)."""
         size = (images.shape[2], images.shape[3])
-        kept = Kept(corners, self.ablation.block(size))
+        kept = Kept(places, self.ablation.block(size))
         if hasattr(network, "ablated"):
             return cast(AblatedNetwork, network).ablated(images, kept)
         hidden = ~kept.pixels(size).unsqueeze(1)

@@ -7,7 +7,6 @@ over all places. Nothing in it depends on the patch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,17 +17,14 @@ from torch.nn import functional
 from patchproof.models import ModelSpec
 from patchproof.models.crops import CropNetwork, CropSize, check_crop_size, cut
 from patchproof.results import PatchproofError
-from patchproof.training.recipe import Recipe
-
-VALIDATION_IMAGES = 1000
-"""Most validation images: each is classified once for each of the crops."""
+from patchproof.training.voting import VotingRecipe
 
 VALIDATION_CROPS = 49
 """Crops that vote in a validation, on a grid of 7 by 7 places."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CropRecipe(Recipe):
+class CropRecipe(VotingRecipe):
     """Train on one random crop of each image (Algorithm 1).
 
     A network with a method ``cropped`` is told where the crop is; any other sees the crop alone.
@@ -45,24 +41,6 @@ class CropRecipe(Recipe):
     def name(self) -> str:
         """Return ``crops``."""
         return "crops"
-
-    @property
-    def measures(self) -> Mapping[str, str]:
-        """Return the accuracy of the majority vote, and that of single crops."""
-        return {
-            "vote_accuracy": "validation accuracy of the vote",
-            "crop_accuracy": "of one crop",
-        }
-
-    @property
-    def chosen_by(self) -> str:
-        """Return the accuracy of the vote."""
-        return "vote_accuracy"
-
-    @property
-    def validation_images(self) -> int | None:
-        """Return the most validation images."""
-        return VALIDATION_IMAGES
 
     def draw(self, spec: ModelSpec, count: int) -> Tensor | None:
         """Return the corners of the crops of a validation, (V, 2) int64."""
@@ -85,7 +63,7 @@ class CropRecipe(Recipe):
         images = torch.zeros(1, spec.channels, *spec.image_size)
         try:
             with torch.no_grad():
-                self.cropped(network.eval(), images, torch.zeros(1, 2, dtype=torch.int64))
+                self.view(network.eval(), images, torch.zeros(1, 2, dtype=torch.int64))
         except RuntimeError as error:
             first_line = str(error).partition("\n")[0]
             raise PatchproofError(
@@ -104,38 +82,15 @@ class CropRecipe(Recipe):
             ],
             dim=1,
         )
-        logits = self.cropped(network, views, corners.to(views.device))
+        logits = self.view(network, views, corners.to(views.device))
         return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
-    def validate(
-        self,
-        network: nn.Module,
-        images: Tensor,
-        labels: Tensor,
-        drawn: Tensor | None,
-        positions: slice,
-    ) -> dict[str, Tensor]:
-        """Return which images the vote gets right, and the share of crops that are right."""
-        assert drawn is not None
-        votes = torch.stack(
-            [
-                self.cropped(network, images, corner.expand(len(images), -1)).argmax(1)
-                for corner in drawn
-            ],
-            dim=1,
-        )
-        counts = functional.one_hot(votes).sum(1)  # a tie goes to the lowest class, as in defenses
-        return {
-            "vote_accuracy": counts.argmax(1) == labels,
-            "crop_accuracy": (votes == labels.unsqueeze(1)).float().mean(1),
-        }
-
-    def cropped(self, network: nn.Module, images: Tensor, corners: Tensor) -> Tensor:
+    def view(self, network: nn.Module, images: Tensor, places: Tensor) -> Tensor:
         """Return logits (N, classes) of one crop of each image (N, C, H, W), at (N, 2)."""
         each = torch.arange(len(images), device=images.device)
         if hasattr(network, "cropped"):
-            return cast(CropNetwork, network).cropped(images, each, corners)
-        logits: Tensor = network(cut(images, each, corners, self.crop_size))
+            return cast(CropNetwork, network).cropped(images, each, places)
+        logits: Tensor = network(cut(images, each, places, self.crop_size))
         return logits
 
     def to_dict(self) -> dict[str, Any]:
