@@ -48,6 +48,8 @@ ON_DARK = Ink(
 )
 
 _LABEL_WIDTH = 60
+_LEGEND = 45
+"""Characters of the names in one row of a legend."""
 MARKERS = ("o", "s", "^", "D", "v")
 _SHOWN_TAUS = (0.5, 0.7, 0.9, 0.99)
 """Confidences that are marked on a curve over tau."""
@@ -116,7 +118,7 @@ def accuracy_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
         axes.spines["left"].set_visible(False)
         figure.legend(
             loc="outside upper center",
-            ncols=len(measures),
+            ncols=len(measures) if sum(map(len, measures)) < _LEGEND else 2,
             frameon=False,
             handletextpad=0.3,
             columnspacing=1.2,

@@ -162,7 +162,7 @@ class Run:
             parts.append(f"{self.defense['method']} bounds")
         if crop := _pair(self.defense.get("crop_size")):
             number = f"{self.defense['crops']} " if "crops" in self.defense else ""
-            parts.append(f"{number}{self.defense['mode']} of {_once(crop)}")
+            parts.append(f"{number}{self.defense['mode']} of {crop[0]}x{crop[1]}")
             if not self.defense.get("replacement", True):
                 parts.append("without replacement")
             parts += [
