@@ -224,9 +224,9 @@ def test_ties_of_random_draws_count_against_the_label() -> None:
 @pytest.mark.parametrize("mode", ["all-crops", "fixed-crops", "random-crops"])
 def test_batches_and_copies_on_disk_change_nothing(mode: Any, tmp_path: Any) -> None:
     torch.manual_seed(0)
-    spec = pp_spec()
+    spec = small_spec()
     model = CropResNet9(CLASSES, 1, (12, 10), crop=(5, 4), widths=(4, 6, 6, 8)).eval()
-    model.positions.weight.data.normal_()  # type: ignore[union-attr, operator]  # the map
+    model.get_parameter("positions.weight").data.normal_()
     defense = pp.RandomizedCropping(
         model, pp.SquarePatch(2), image_size=(12, 10), mode=mode, crops=31, tolerance=1e-5
     )
@@ -248,7 +248,7 @@ def test_batches_and_copies_on_disk_change_nothing(mode: Any, tmp_path: Any) -> 
     assert result.vulnerability_map().shape == (7, 12, 10)
 
 
-def pp_spec() -> Any:
+def small_spec() -> Any:
     from patchproof.models import ModelSpec
 
     return ModelSpec("crop-resnet9", CLASSES, 1, (12, 10), {"crop": [5, 4], "widths": [4, 6, 6, 8]})
@@ -262,7 +262,7 @@ def test_the_network_is_told_where_the_crop_is() -> None:
     same = model.cropped(image, both, corners)
     assert torch.allclose(same[0], same[1])
     with torch.no_grad():
-        model.positions.weight[:, :3, :3] = 50.0  # type: ignore[union-attr, index]  # the map
+        model.get_parameter("positions.weight")[:, :3, :3] = 50.0
     moved = model.positions(image).detach() - image
     assert float(moved.abs().max()) == pytest.approx(0.1)
     told = model.cropped(image, both, corners)

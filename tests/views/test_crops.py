@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -77,6 +79,6 @@ def test_crops_are_cut_where_the_corners_say() -> None:
 
 
 @pytest.mark.parametrize("crop", [0, 10, (4, 12), "4", (4.0, 4)])
-def test_a_crop_that_does_not_fit_is_refused(crop: object) -> None:
+def test_a_crop_that_does_not_fit_is_refused(crop: Any) -> None:
     with pytest.raises(pp.PatchproofError, match="crop_size: expected"):
-        CropPlaces(SIZE, crop)  # type: ignore[arg-type]  # wrong on purpose
+        CropPlaces(SIZE, crop)
