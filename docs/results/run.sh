@@ -221,6 +221,8 @@ PYTHON
     $patchproof analyze crops-needed "${study[@]}" --patches 2,5 --probabilities 0.95,0.99
     "$(dirname "$patchproof")/python" docs/results/crop_votes_simulation.py \
       "$OUT"/crops-cifar10/recordings/* | tee "$OUT/crop-votes-simulation.jsonl"
+    $patchproof analyze crops --data "$DATA/cifar10" --weights zoo/cifar10-crops6.safetensors \
+      --threads 1 --out "$OUT/crops6-cifar10" --patches 2,3,4,5,6 --name patches
     $patchproof analyze crops --data "$DATA/mnist" --weights zoo/mnist-crops7.safetensors \
       --threads 1 --out "$OUT/crops-mnist" --patches 2,5 --name patches
     # Figure 2: small networks for crops of several sizes, told where the crop is or not.
