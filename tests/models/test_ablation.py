@@ -227,8 +227,9 @@ def test_networks_learn_and_are_built_again(tmp_path: Path, name: str, kind: Abl
 
 
 def test_mistakes_are_named() -> None:
+    diagonal: Any = "diagonal"
     with pytest.raises(PatchproofError, match=r"expected one of .*'block'.*, got 'diagonal'"):
-        Ablation("diagonal", 3)  # type: ignore[arg-type]
+        Ablation(diagonal, 3)
     with pytest.raises(PatchproofError, match="expected a size from 1 pixel, got 0"):
         BandResNet(2, 3, "column", 0)
     with pytest.raises(PatchproofError, match="expected a row inside the 16x20 image, got 17"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_a_model_is_used_for_what_it_was_made_for() -> None:
     ],
 )
 def test_impossible_views_are_refused(
-    ablation: Ablation, options: dict[str, float], message: str
+    ablation: Ablation, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(PatchproofError, match=message):
-        AblatedViews(ablation, SIZE, **options)  # type: ignore[arg-type]
+        AblatedViews(ablation, SIZE, **options)

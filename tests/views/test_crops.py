@@ -10,7 +10,7 @@ import torch
 
 import patchproof as pp
 from patchproof.models.crops import cut
-from patchproof.views.crops import CropPlaces, box_sums
+from patchproof.views.crops import CropPlaces, CropViews, box_sums
 
 SIZE = (9, 11)
 THREATS: dict[str, pp.Threat] = {
@@ -44,6 +44,8 @@ def test_the_crops_that_meet_a_region_are_those_that_show_a_pixel_of_it(
     each = torch.eye(places.count, dtype=torch.int32).view(places.count, *places.grid)
     found = box_sums(each, places.meeting(regions).parts)
     assert torch.equal(found, meets.T.int())
+    corruption = CropViews(SIZE, crop).corruption(THREATS[name])
+    assert torch.equal(corruption.patterns[corruption.region_to_pattern], meets)
 
 
 def test_the_count_at_the_centre_is_the_papers() -> None:

@@ -85,7 +85,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has 
     """Carry the reach along while a network runs."""
 
     def __init__(self, image: Tensor, image_size: tuple[int, int]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.layer = [""]
         self.sees_everything: str | None = None
         height, width = image_size
