@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from patchproof.evaluation.store import CERTIFIED, FORMAT, Gallery, RunFolder
-from patchproof.evaluation.summary import summarize
+from patchproof.evaluation.store import (
+    CERTIFIED,
+    FORMAT,
+    AttackedGallery,
+    Gallery,
+    RunFolder,
+    read_result,
+)
+from patchproof.evaluation.summary import summarize, summarize_attack
 from patchproof.results import ALERT
 from patchproof.threat import MaskSet, SquarePatch
 from patchproof.threat.masks import listed_masks
 
 MakeRun = Callable[..., Path]
+MakeAttack = Callable[..., Path]
 
 
 def manifest(
@@ -88,6 +97,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         corrupt: int = 0,
         finish: bool = True,
         certified: float = 0.5,
+        paper_beyond: float = -0.05,
         images: np.ndarray[Any, Any] | None = None,
         **values: Any,
     ) -> Path:
@@ -108,7 +118,7 @@ def make_run(tmp_path: Path) -> MakeRun:
                 prediction = label if right else (label + 3) % 10
                 promise = {
                     "certified": kept,
-                    "paper_condition": bool(read and scores[index] < certified - 0.05),
+                    "paper_condition": bool(read and scores[index] < certified + paper_beyond),
                 }
             else:
                 alert = -np.inf if right else tau + (1 - tau) * scores[index]
@@ -153,6 +163,78 @@ def make_run(tmp_path: Path) -> MakeRun:
                         index=chosen.astype(np.int64),
                         image=images[: len(chosen)].astype(np.uint8),
                         vulnerability=(lost[:, None, None] * ramp).astype(np.float32),
+                    )
+                )
+        return path
+
+    return make
+
+
+@pytest.fixture
+def make_attack(tmp_path: Path) -> MakeAttack:
+    """Return a function that writes the folder of an attack on a certify run's images."""
+
+    def make(
+        run: Path,
+        name: str = "attack",
+        broken: Sequence[int] = (),
+        only: Sequence[int] | None = None,
+        right_share: float = 0.0,
+        attack: dict[str, Any] | None = None,
+        target: int = -1,
+        gallery: bool = True,
+        **changed: Any,
+    ) -> Path:
+        certify = read_result(run)
+        identity = certify.manifest["identity"]
+        settings = {"name": "pgd", "steps": 40, "step_size": 0.05, "places": {"search": "all"}}
+        described = {
+            "format": FORMAT,
+            "identity": identity
+            | {"kind": "attack", "attack": settings | (attack or {})}
+            | copy.deepcopy(changed),
+            "about": certify.manifest["about"],
+        }
+        rows = []
+        for row in certify.examples.to_dict("records"):
+            index, label, prediction = row["index"], row["label"], row["prediction"]
+            if only is not None and index not in only:
+                continue
+            hit = index in broken
+            rows.append(
+                {name: row[name] for name in ("index", "label", "vanilla", "status", "message")}
+                | {
+                    "prediction": prediction,
+                    "case": "wrong" if prediction != label else "broken" if hit else "held",
+                    "attacked_prediction": (label + 1) % 10 if hit else prediction,
+                    "broken": hit,
+                    "target": target,
+                    "hit_target": hit and target == (label + 1) % 10,
+                    "right_share": right_share if hit else float(prediction == label),
+                    "regions": json.dumps([[2, 3, 5, 5]]),
+                    "objective": 0.5 if hit else -0.5,
+                    "tries": 3 if prediction == label else 0,
+                    "forwards": 120,
+                    "seconds": 0.25,
+                    "smallest_margin": float("nan"),
+                }
+            )
+        path = tmp_path / name
+        with RunFolder.open(path, described) as folder:
+            folder.append(rows)
+            folder.write_summary(summarize_attack(*folder.tables(), 64))
+            if gallery:
+                chosen = [*broken][:3] + [row["index"] for row in rows if not row["broken"]][:3]
+                height, width = identity["image_size"]
+                images = np.random.default_rng(3).integers(0, 256, (len(chosen), 1, height, width))
+                attacked = images.copy()
+                attacked[:, :, 2:7, 3:8] = 255
+                folder.write_attacked(
+                    AttackedGallery(
+                        index=np.array(chosen, dtype=np.int64),
+                        image=images.astype(np.uint8),
+                        attacked=attacked.astype(np.uint8),
+                        broken=np.array([index in broken for index in chosen]),
                     )
                 )
         return path

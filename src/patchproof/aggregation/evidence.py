@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from patchproof.aggregation.soft import log_odds
 from patchproof.results import INVALID_LABEL, ROUNDING, Outputs, PatchproofError
 
 LARGEST = 1e6
@@ -46,6 +47,21 @@ class Evidence(ABC):
         invalid = outputs.labels == INVALID_LABEL
         nothing = min(max(0.0, self.low), self.high)
         return values.masked_fill(invalid[..., None], nothing) if invalid.any() else values
+
+    def soft(self, scores: Tensor) -> Tensor:
+        """Return what ``values`` does, about, with gradients where a view may say more or less.
+
+        Args:
+            scores: (N, V, C), finite.
+
+        Returns:
+            (N, V, C) float64.
+        """
+        return self._of(self._basis(_recorded(scores)), None)
+
+    def straight_through(self, scores: Tensor) -> Tensor:
+        """Return ``values`` with the gradients of ``soft``, (N, V, C) float64 of finite scores."""
+        return with_gradients(self.values(_recorded(scores.detach())), self.soft(scores))
 
     def bounds(self, outputs: Outputs, labels: Tensor, tolerance: float) -> Bounds:
         """Return what rounding can make of the evidence of clean images.
@@ -137,6 +153,11 @@ class Logits(Evidence):
             f"{self.high}"
         )
 
+    def soft(self, scores: Tensor) -> Tensor:
+        """Return the evidence, with the gradients of the scores on both sides of the bounds."""
+        scores = scores.double()
+        return with_gradients(scores.clamp(self.low, self.high), scores)
+
     def _of(self, basis: Tensor, error: Tensor | None) -> Tensor:
         scores = basis.double() if error is None else basis + error
         return scores.clamp_(self.low, self.high)
@@ -162,12 +183,7 @@ class Confidence(Evidence):
 
     def _basis(self, outputs: Outputs) -> Tensor:
         """Return the log-odds, log p / (1 - p), which change by ``error`` at most."""
-        scores = _scores(outputs).double()
-        log_p = scores.log_softmax(2)
-        log_odds = log_p - torch.log1p(-log_p.exp())
-        best, first = scores.max(2, keepdim=True)  # its 1 - p may be too small for p
-        others = scores.scatter(2, first, -torch.inf).logsumexp(2, keepdim=True)
-        return log_odds.scatter_(2, first, best - others)
+        return log_odds(_scores(outputs).double())
 
     def _of(self, basis: Tensor, error: Tensor | None) -> Tensor:
         return (basis if error is None else basis + error).sigmoid()
@@ -182,6 +198,10 @@ class Prediction(Evidence):
 
     low: float = 0.0
     high: float = 1.0
+
+    def soft(self, scores: Tensor) -> Tensor:
+        """Return the softmax probabilities."""
+        return scores.double().softmax(2)
 
     def bounds(self, outputs: Outputs, labels: Tensor, tolerance: float) -> Bounds:
         """Return what rounding can make of the votes of clean images."""
@@ -218,6 +238,11 @@ class ConfidentVotes(Confidence):
         if not 0.0 <= self.least <= 1.0:
             raise PatchproofError(f"expected a confidence in [0, 1], got {self.least!r}")
 
+    def soft(self, scores: Tensor) -> Tensor:
+        """Return votes that begin with the log-odds: one half at the least confidence."""
+        least = torch.tensor(self.least, dtype=torch.float64).logit(1e-9)
+        return (log_odds(scores.double()) - least).sigmoid()
+
     def _of(self, basis: Tensor, error: Tensor | None) -> Tensor:
         return (super()._of(basis, error) >= self.least).double()
 
@@ -225,6 +250,20 @@ class ConfidentVotes(Confidence):
 def step_of(low: float, high: float) -> float:
     """Return the step, a power of two, that evidence in [low, high] is a multiple of."""
     return float(2.0 ** (math.frexp(max(-low, high))[1] - _STEPS))
+
+
+def _recorded(scores: Tensor) -> Outputs:
+    """Return outputs of views that are all known, with the scores themselves, not a copy."""
+    best = scores.topk(2, dim=2)
+    known = torch.ones(scores.shape[:2], dtype=torch.bool)
+    return Outputs(
+        scores.argmax(2), best.values[..., 0] - best.values[..., 1], known, scores.shape[2], scores
+    )
+
+
+def with_gradients(values: Tensor, of: Tensor) -> Tensor:
+    """Return values with the gradients of something else (straight-through)."""
+    return of + (values - of).detach()
 
 
 def _scores(outputs: Outputs) -> Tensor:

@@ -71,9 +71,24 @@ class FeatureAggregation(ABC):
         """Return whether the paper's criterion holds, (N,) bool; False where it states none."""
         return torch.zeros(len(labels), dtype=torch.bool)
 
-    @abstractmethod
     def class_scores(self, outputs: Outputs) -> Tensor:
         """Return what decides the label, (N, C) float64."""
+        return self.combine(self.evidence.values(outputs))
+
+    def soft_scores(self, scores: Tensor) -> Tensor:
+        """Return the combined soft evidence of a view, (N, C), of finite scores (N, V, C).
+
+        It has gradients in all scores, see ``Evidence.soft``.
+        """
+        return self.combine(self.evidence.soft(scores)) / scores.shape[1]
+
+    def exact_scores(self, scores: Tensor) -> Tensor:
+        """Return ``class_scores`` by the number of views with the gradients of soft evidence."""
+        return self.combine(self.evidence.straight_through(scores)) / scores.shape[1]
+
+    @abstractmethod
+    def combine(self, values: Tensor) -> Tensor:
+        """Return the score of each class, (N, C) float64, of evidence (N, V, C) float64."""
 
     @abstractmethod
     def bounds(self, outputs: Outputs, labels: Tensor, patterns: Tensor) -> tuple[Tensor, Tensor]:

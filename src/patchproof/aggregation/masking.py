@@ -18,6 +18,12 @@ _MOST_ENTRIES = 2**22
 _CACHED = 2**17
 """Float64 values of evidence at once: all classes of an image may not fit into caches."""
 
+_NEAR_LARGEST = 0.05
+"""Windows whose evidence is within this share of the largest count with it, for attackers."""
+
+_NEAR_THRESHOLD = 0.05
+"""Shares of evidence within this of the threshold are detected in part, for attackers."""
+
 _OUTWARD = 1e-12
 """Share by which a bound is widened where it is compared with a product of the threshold."""
 
@@ -89,11 +95,31 @@ class RobustMasking(FeatureAggregation):
         """Return the masked evidence of each class, (N, C) float64 (Algorithm 1, line 6)."""
         scores = torch.empty(len(outputs.labels), outputs.classes, dtype=torch.float64)
         for chunk in self._chunks(outputs, self.windows.members):
-            values = self.evidence.values(outputs.select(chunk))
-            detected, window = self._detect(values)
-            masked = self.windows.outside(values).flatten(1, 2).gather(1, window[:, None])[:, 0]
-            scores[chunk] = torch.where(detected, masked, values.sum(1))
+            scores[chunk] = self.combine(self.evidence.values(outputs.select(chunk)))
         return scores
+
+    def combine(self, values: Tensor) -> Tensor:
+        """Return the evidence without the window that is detected, (N, C) float64."""
+        detected, window = self._detect(values)
+        masked = self.windows.outside(values).flatten(1, 2).gather(1, window[:, None])[:, 0]
+        return torch.where(detected, masked, values.sum(1))
+
+    def undetected_scores(self, scores: Tensor) -> Tensor:
+        """Return what counts as long as no window stands out, (N, C), of finite scores (N, V, C).
+
+        A smooth maximum of the windows is left out, as much as its share of the evidence is above
+        the threshold: whoever raises a class gains most by evidence in many windows, none of them
+        the largest or detected.
+        """
+        values = self.evidence.soft(scores)
+        inside, total = self.windows.inside(values).flatten(1, 2), values.sum(1)
+        largest = inside.amax(1)
+        width = _NEAR_LARGEST * largest.detach().clamp(min=1e-6)
+        smooth = ((inside - largest[:, None]) / width[:, None]).logsumexp(1) * width + largest
+        share = largest / total.clamp(min=1e-6)
+        above = (share - self.threshold) / _NEAR_THRESHOLD
+        detected = above.sigmoid() if self.threshold > 0 else torch.ones_like(above)
+        return (total - detected * smooth) / scores.shape[1]
 
     def detected(self, outputs: Outputs) -> Tensor:
         """Return whether a window of each class's evidence is left out, (N, C) bool."""

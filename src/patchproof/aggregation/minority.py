@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from patchproof.aggregation.base import CERTAIN, Goal
+from patchproof.aggregation.soft import uncontradicted
 from patchproof.detection import Thresholds
 from patchproof.results import ALERT, INVALID_LABEL, ROUNDING, Case, Outputs, Paper, Verdict
 
@@ -87,6 +88,10 @@ class MinorityVote:
         agreed = (outputs.labels == unmasked[:, None]).all(1)
         case = torch.where(agreed, int(Case.AGREED), int(Case.OVERRULED))
         return label, torch.where(alert, int(Case.ALERT), case)
+
+    def soft_scores(self, scores: Tensor) -> Tensor:
+        """Return (N, C), positive where ``predict`` returns the class, of scores (N, V, C)."""
+        return uncontradicted(scores, self.tau)
 
     def certify(self, outputs: Outputs, labels: Tensor, patterns: Tensor) -> Tensor:
         """Return the verdict of each pattern, (N, P) int8 values of ``Verdict``."""

@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from patchproof.aggregation.evidence import Evidence
+from patchproof.aggregation.evidence import Evidence, with_gradients
 from patchproof.aggregation.features import FeatureAggregation
 from patchproof.results import Outputs, PatchproofError
+
+_NEAR_RANKS = 0.25
+"""Share of the views within which ranks have gradients for attackers, less and less."""
 
 
 class RankSum(FeatureAggregation):
@@ -51,10 +54,26 @@ class RankSum(FeatureAggregation):
         self.first = first
         self.last = last
 
-    def class_scores(self, outputs: Outputs) -> Tensor:
+    def combine(self, values: Tensor) -> Tensor:
         """Return the sum over the ranks, (N, C) float64."""
-        ordered = self.evidence.values(outputs).sort(dim=1).values
+        ordered = values.sort(dim=1).values
         return ordered[:, self.first : self.last + 1].sum(1)
+
+    def soft_scores(self, scores: Tensor) -> Tensor:
+        """Return the same of soft evidence, (N, C), with gradients in near ranks, too.
+
+        A view of another rank counts in the gradients by how near it is to those that are summed:
+        of the median the gradients of one view alone would leave the others where they are.
+
+        Args:
+            scores: (N, V, C), finite.
+        """
+        values = self.evidence.soft(scores)
+        rank = torch.arange(self.views, dtype=torch.float64)
+        beyond = torch.maximum(self.first - rank, rank - self.last).clamp(min=0)
+        near = 1.0 - beyond / (_NEAR_RANKS * self.views + 1.0)
+        weighted = values.sort(dim=1).values * near.clamp(min=0)[:, None]
+        return with_gradients(self.combine(values), weighted.sum(1)) / self.views
 
     def bounds(self, outputs: Outputs, labels: Tensor, patterns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the least score of the label, (N, P), and the most of every class, (N, P, C)."""

@@ -34,9 +34,9 @@ class BoundedSum(FeatureAggregation):
     (``Evidence.bounds``).
     """
 
-    def class_scores(self, outputs: Outputs) -> Tensor:
+    def combine(self, values: Tensor) -> Tensor:
         """Return the sum of the evidence of each class, (N, C) float64."""
-        return self.evidence.values(outputs).sum(1)
+        return values.sum(1)
 
     def bounds(self, outputs: Outputs, labels: Tensor, patterns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the least score of the label, (N, P), and the most of every class, (N, P, C)."""

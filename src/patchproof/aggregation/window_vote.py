@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -48,6 +51,11 @@ class WindowVote:
         """Return the labels and the cases, (N,) int64 each, of images whose views are all known."""
         return self._vote.predict(self._masked(outputs))
 
+    def soft_scores(self, scores: Tensor) -> Tensor:
+        """Return (N, C), positive where ``predict`` returns the class, of scores (N, V, C)."""
+        means = self._sums(scores.double()) / self._cells[:, None]
+        return self._vote.soft_scores(means)
+
     def certify(self, outputs: Outputs, labels: Tensor, patterns: Tensor) -> Tensor:
         """Return the verdict of each pattern, (N, P) int8 values of ``Verdict``."""
         return self._vote.certify(self._masked(outputs), labels, self._corrupted(patterns))
@@ -66,14 +74,19 @@ class WindowVote:
         valid = (outputs.labels != INVALID_LABEL)[..., None]
         values = torch.where(valid, outputs.scores.double(), 0.0)
         holes = self._sums((~valid).double()) > 0
-        cells = torch.full(holes.shape[1:], values.shape[1])
-        cells[1:] -= self.windows.size[0] * self.windows.size[1]
-        scores = (self._sums(values) / cells).masked_fill(holes, torch.nan)
+        scores = (self._sums(values) / self._cells[:, None]).masked_fill(holes, torch.nan)
         made = Outputs.empty(len(scores), scores.shape[1], outputs.classes, keep_scores=True)
         images = torch.arange(len(scores))[:, None].expand(-1, scores.shape[1])
         made.record(images, torch.arange(scores.shape[1]).expand_as(images), scores)
         made.known &= outputs.known.all(1, keepdim=True)
         return made
+
+    @cached_property
+    def _cells(self) -> Tensor:
+        """How many cells are in each of these views, (1 + W,) int64."""
+        cells = torch.full((1 + math.prod(self.windows.positions),), math.prod(self.windows.grid))
+        cells[1:] -= math.prod(self.windows.size)
+        return cells
 
     def _sums(self, values: Tensor) -> Tensor:
         """Return the sum of all cells, then the sums outside of each window, (N, 1 + W, K)."""

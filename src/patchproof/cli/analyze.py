@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 
 import typer
 
-from patchproof.cli import analyze_crops, analyze_features
+from patchproof.cli import analyze_crops, analyze_features, analyze_heuristics
 from patchproof.cli import options as opt
 from patchproof.cli.bench import Bench, Name, Out, check_out, made_now, on_bench, show
 
@@ -22,6 +22,7 @@ _SETUPS = "Setups"
 _MASKS = "Masked images (PatchCleanser)"
 _FEATURES = "Small parts of the image (PatchGuard)"
 _CROPS = "Votes of crops (randomized cropping)"
+_HEURISTICS = "Defenses without a certificate"
 _LONGEST_RANGE = 1000
 _SETUP = ("masks_per_side", "multiplicity", "layout")
 """The columns that say which row is which."""
@@ -310,6 +311,7 @@ def objects(
 
 analyze_features.add_to(app, _FEATURES)
 analyze_crops.add_to(app, _CROPS)
+analyze_heuristics.add_to(app, _HEURISTICS)
 
 
 def _one_setup(masks: str, multiplicity: str, layout: Literal["paper", "balanced"]) -> Setup:

@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from patchproof.cli.feature_defenses import FEATURE_DEFENSES, build_feature_defense
+from patchproof.cli.heuristic_defenses import (
+    HEURISTIC_DEFENSES,
+    WATERMARKING,
+    build_heuristic_defense,
+)
 from patchproof.cli.interval_bounds import INTERVAL_BOUNDS, build_interval_bounds
 from patchproof.cli.options import parse_memory, parse_pair, parse_threat
 from patchproof.cli.randomized_cropping import RANDOMIZED_CROPPING, build_randomized_cropping
@@ -19,12 +24,16 @@ if TYPE_CHECKING:
     from torch import nn
 
     from patchproof.datasets import ImageDataset
-    from patchproof.defenses import NamedDefense
+    from patchproof.defenses import AnyDefense, NamedDefense
     from patchproof.models import ModelSpec
 
 _OVER_MASKS = ("patchcleanser", "minority-reports")
-_HIDING_NOTHING = (INTERVAL_BOUNDS, RANDOMIZED_CROPPING)
-_WITH_OPTIONS = (*FEATURE_DEFENSES, *_HIDING_NOTHING)
+_HIDING_NOTHING = (
+    INTERVAL_BOUNDS,
+    RANDOMIZED_CROPPING,
+    *(name for name in HEURISTIC_DEFENSES if name != WATERMARKING),
+)
+_WITH_OPTIONS = (*FEATURE_DEFENSES, INTERVAL_BOUNDS, RANDOMIZED_CROPPING, *HEURISTIC_DEFENSES)
 NAMED_DEFENSES = (*_OVER_MASKS, *_WITH_OPTIONS)
 """What ``--defense`` names; anything else is a file."""
 
@@ -137,7 +146,7 @@ def defend(
     image_size: tuple[int, int] | None = None,
     channels: int | None = None,
     classes: int | None = None,
-) -> tuple[NamedDefense, Classifier]:
+) -> tuple[AnyDefense, Classifier]:
     """Load a saved defense, or build one around the classifier that the options name.
 
     Args:
@@ -158,6 +167,22 @@ def defend(
         return defense, classifier
     classifier = build_classifier(model_options, image_size, channels, classes)
     return build_defense(defense_options, classifier, classifier.spec.image_size), classifier
+
+
+def certifying(defense: AnyDefense) -> NamedDefense:
+    """Return a defense that certifies.
+
+    Raises:
+        PatchproofError: one that does not.
+    """
+    from patchproof.defenses.preprocessed import PreprocessedDefense
+
+    if isinstance(defense, PreprocessedDefense):
+        raise PatchproofError(
+            f"--defense: expected one with a certificate, got {type(defense).__name__}, of which "
+            "nothing is proved: patchproof attack tells what it withstands"
+        )
+    return defense
 
 
 def build_classifier(
@@ -211,7 +236,7 @@ def build_classifier(
 
 def build_defense(
     options: DefenseOptions, classifier: Classifier, image_size: tuple[int, int]
-) -> NamedDefense:
+) -> AnyDefense:
     """Defend a classifier, with the fill that it was trained with unless the options say another.
 
     Raises:
@@ -236,8 +261,13 @@ def build_defense(
     if options.defense == INTERVAL_BOUNDS:
         shared["channels"] = classifier.spec.channels
         return build_interval_bounds(classifier.model, threat, options.options, **shared)
-    fills = (options.fill, classifier.fill, DEFAULT_FILL)
-    shared["fill"] = next(fill for fill in fills if fill is not None)
+    if options.defense not in _HIDING_NOTHING:
+        fills = (options.fill, classifier.fill, DEFAULT_FILL)
+        shared["fill"] = next(fill for fill in fills if fill is not None)
+    if options.defense in HEURISTIC_DEFENSES:
+        return build_heuristic_defense(
+            options.defense, classifier.model, threat, options.options, **shared
+        )
     shared["tolerance"] = DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance
     if options.defense in FEATURE_DEFENSES:
         own = dict(options.options)
@@ -268,6 +298,10 @@ def _check_options(options: DefenseOptions) -> None:
         raise PatchproofError(
             f"--fill: expected with a defense that hides pixels, got {options.defense}"
         )
+    if options.tolerance is not None and options.defense in HEURISTIC_DEFENSES:
+        raise PatchproofError(
+            f"--tolerance: expected with a defense that certifies, got {options.defense}"
+        )
     if options.defense in _WITH_OPTIONS:
         if extra := options.given_for_masks():
             raise PatchproofError(
@@ -286,7 +320,7 @@ def _check_options(options: DefenseOptions) -> None:
 
 def _load_defense(
     path: Path, model_options: ModelOptions, defense_options: DefenseOptions
-) -> tuple[NamedDefense, Classifier]:
+) -> tuple[AnyDefense, Classifier]:
     from patchproof.defenses import load
     from patchproof.models import ModelSpec, read_card
 

@@ -19,35 +19,13 @@ def certify(
             "again."
         ),
     ],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="digits (comes with patchproof), mnist, cifar10, imagenette, imagenet (under "
-            "--root), hf:NAME (a data set of the Hugging Face hub), or a folder: one folder of "
-            "images a class, or Parquet files."
-        ),
-    ] = "digits",
-    root: Annotated[
-        Path | None, typer.Option(help="Folder with torchvision's data sets, for names.")
-    ] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch the data set if it is not under --root.")
-    ] = False,
-    split: Annotated[
-        str, typer.Option(help="train, validation or test; all for a folder without splits.")
-    ] = "test",
-    count: Annotated[
-        int | None,
-        typer.Option(help="Certify this many images, drawn with --seed; by default all."),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sample that --count draws.")] = 0,
-    indices: Annotated[
-        Path | None,
-        typer.Option(
-            help="Certify these rows of the split: a text file of row numbers from 0, or the "
-            "column index of a .csv."
-        ),
-    ] = None,
+    data: opt.Data = "digits",
+    root: opt.Root = None,
+    download: opt.Download = False,
+    split: opt.Split = "test",
+    count: opt.Count = None,
+    seed: opt.Seed = 0,
+    indices: opt.Indices = None,
     image_size: opt.ImageSize = None,
     weights: opt.Weights = None,
     model: opt.Model = None,
@@ -93,6 +71,7 @@ def certify(
     from patchproof.cli.building import (
         DefenseOptions,
         ModelOptions,
+        certifying,
         choose_slice,
         defend,
         use_threads,
@@ -104,7 +83,7 @@ def certify(
     size = None if image_size is None else opt.parse_pair("--image-size", image_size)
     dataset = load_dataset(data, split, root=root, image_size=size, download=download)
     dataset = choose_slice(dataset, count, seed, indices)
-    certifier, classifier = defend(
+    defended, classifier = defend(
         ModelOptions(
             weights, model, classes, pretrained, device, opt.parse_model_options(model_option)
         ),
@@ -136,6 +115,12 @@ def certify(
         "model_card": dict(classifier.card),
     }
     certify_and_show(
-        certifier, dataset, out, stop=stop, gallery=gallery, spec=classifier.spec, about=about
+        certifying(defended),
+        dataset,
+        out,
+        stop=stop,
+        gallery=gallery,
+        spec=classifier.spec,
+        about=about,
     )
     typer.echo(f"Make a report: patchproof report {out} --out {out / 'report.html'}")

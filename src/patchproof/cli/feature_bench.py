@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from patchproof.defenses.over_features import FeatureViews
     from patchproof.evaluation.feature_analyses import Subject
     from patchproof.evaluation.feature_recording import Attack, FeatureArchive, FeatureRecording
-    from patchproof.views.crops import CropViews
+    from patchproof.evaluation.feature_recording import RecordedViews
+    from patchproof.views.cells import CellViews
 
     Tables = dict[str, pd.DataFrame]
     Record = Callable[[Attack | None], FeatureRecording]
@@ -73,7 +74,7 @@ class RecordedBench:
 
     bench: Bench
     classifiers: Mapping[str, Classifier]
-    views: Mapping[str, FeatureViews | CropViews]
+    views: Mapping[str, RecordedViews]
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -154,7 +155,7 @@ class RecordedBench:
 class FeatureBench(RecordedBench):
     """Classifiers with their local features, or the ablations that each looks at."""
 
-    views: Mapping[str, FeatureViews]
+    views: Mapping[str, FeatureViews | CellViews]
 
     def subjects(self) -> list[Subject]:
         """Return the classifiers without anything recorded, to check what is possible."""
@@ -246,6 +247,29 @@ def open_feature_bench(
         name: choose_views(one.model, bench.image_size, kept, fill=bench.fill)
         for name, one in classifiers.items()
     }
+    return FeatureBench(bench, classifiers, views)
+
+
+def open_local_bench(
+    weights: ManyWeights = None, ablation: AblationOption = None, **shared: Any
+) -> FeatureBench:
+    """Do what ``open_feature_bench`` does; networks with large receptive fields are let in.
+
+    Raises:
+        PatchproofError: two classifiers of the same name, or one of whose features nothing is
+            known.
+    """
+    from patchproof.defenses.over_features import choose_views
+    from patchproof.views.cells import CellViews
+
+    kept = None if ablation is None else opt.parse_ablation("--ablation", ablation)
+    bench, classifiers = open_classifiers(weights, **shared)
+    views: dict[str, FeatureViews | CellViews] = {}
+    for name, one in classifiers.items():
+        if kept is None and hasattr(one.model, "cell_logits"):
+            views[name] = CellViews(one.model, bench.image_size, bench.dataset.channels)
+        else:
+            views[name] = choose_views(one.model, bench.image_size, kept, fill=bench.fill)
     return FeatureBench(bench, classifiers, views)
 
 

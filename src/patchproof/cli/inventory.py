@@ -76,6 +76,11 @@ INVENTORY = {
         "that a patch may show: certified recovery for networks trained for it (method, screen)",
         "randomized-cropping": "votes of crops: of all or of a fixed draw (mode, crops, seed), or "
         "with mode=random-crops of a secret one, certified with a probability",
+        "undefended": "the network by itself: no certificate, as of the next two, to be attacked",
+        "local-gradient-smoothing": "sharp changes of the image darkened (window, overlap, "
+        "threshold, smoothing)",
+        "digital-watermarking": "the most salient square masked (window, regions, threshold, "
+        "opening)",
     },
     "threats": {
         "--patch 5": "one square of 5x5 pixels, anywhere",

@@ -15,12 +15,14 @@ from typing import Annotated
 import typer
 
 from patchproof.cli.analyze import app as analyze
+from patchproof.cli.attack import attack
 from patchproof.cli.certify import certify
 from patchproof.cli.demo import demo
 from patchproof.cli.inventory import inventory
 from patchproof.cli.predict import predict
 from patchproof.cli.report import report
 from patchproof.cli.train import train
+from patchproof.cli.universal_patch import universal_patch
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C, as shells have it."""
@@ -69,6 +71,15 @@ app.command(
     epilog="Example: patchproof certify --weights runs/digits/model.safetensors --data digits "
     "--patch 2 --masks 7 --out runs/digits-2x2"
 )(certify)
+app.command(
+    epilog="Example: patchproof attack --weights runs/digits/model.safetensors --data digits "
+    "--patch 2 --masks 7 --out runs/digits-2x2-attacked --against runs/digits-2x2"
+)(attack)
+app.command(
+    "universal-patch",
+    epilog="Example: patchproof universal-patch --weights runs/digits/model.safetensors --data "
+    "digits --patch 3 --target 1 --out patch.png",
+)(universal_patch)
 app.command(epilog="Example: patchproof predict photo.png --weights model.safetensors --patch 5")(
     predict
 )

@@ -17,11 +17,56 @@ if TYPE_CHECKING:
     from patchproof.threat import StencilPatch, Threat
     from patchproof.threat.patches import Locations as Place
 
+_DATA = "Images"
 _MODEL = "Model"
 _THREAT = "Attacker"
 _DEFENSE = "Defense"
 _MACHINE = "Machine"
 
+Data = Annotated[
+    str,
+    typer.Option(
+        help="digits (comes with patchproof), mnist, cifar10, imagenette, imagenet (under --root), "
+        "hf:NAME (a data set of the Hugging Face hub), or a folder: one folder of images a class, "
+        "or Parquet files.",
+        rich_help_panel=_DATA,
+    ),
+]
+Root = Annotated[
+    Path | None,
+    typer.Option(help="Folder with torchvision's data sets, for names.", rich_help_panel=_DATA),
+]
+Download = Annotated[
+    bool,
+    typer.Option(
+        "--download",
+        help="Fetch the data set if it is not under --root.",
+        rich_help_panel=_DATA,
+    ),
+]
+Split = Annotated[
+    str,
+    typer.Option(
+        help="train, validation or test; all for a folder without splits.", rich_help_panel=_DATA
+    ),
+]
+Count = Annotated[
+    int | None,
+    typer.Option(
+        help="Take this many images, drawn with --seed; by default all.", rich_help_panel=_DATA
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(help="Seed of the sample that --count draws.", rich_help_panel=_DATA)
+]
+Indices = Annotated[
+    Path | None,
+    typer.Option(
+        help="Take these rows of the split: a text file of row numbers from 0, or the column index "
+        "of a .csv.",
+        rich_help_panel=_DATA,
+    ),
+]
 Weights = Annotated[
     Path | None,
     typer.Option(
@@ -75,9 +120,10 @@ Defense = Annotated[
         "small parts of the image: patchguard, clipped-bagnet, derandomized-smoothing, bagcert, "
         "median, trimmed-mean or top-masking; from bounds of the network's outputs: "
         "interval-bounds; from crops: randomized-cropping, by default all of them. The right label "
-        "or an alert: minority-reports or patchguard++. Or a file saved "
-        "by `defense.save` in Python: model, defense and patch in one, which replaces the options "
-        "for them.",
+        "or an alert: minority-reports or patchguard++. Without a certificate, to be attacked: "
+        "undefended, local-gradient-smoothing or digital-watermarking. Or a file saved by "
+        "`defense.save` in Python: model, defense and patch in one, which replaces the options for "
+        "them.",
         rich_help_panel=_DEFENSE,
     ),
 ]
@@ -282,6 +328,15 @@ def parse_defense_options(texts: list[str] | None) -> dict[str, Any]:
         PatchproofError: no name or no ``=``.
     """
     return dict(parse_option("--defense-option", text) for text in texts or [])
+
+
+def parse_attack_options(texts: list[str] | None) -> dict[str, Any]:
+    """Return the values of ``--attack-option`` by their names.
+
+    Raises:
+        PatchproofError: no name or no ``=``.
+    """
+    return dict(parse_option("--attack-option", text) for text in texts or [])
 
 
 def parse_pair(option: str, text: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from patchproof.cli import options as opt
 if TYPE_CHECKING:
     from patchproof.datasets import ImageDataset
     from patchproof.datasets.images import EncodedPictures
-    from patchproof.defenses import NamedDefense
+    from patchproof.defenses import AnyDefense
     from patchproof.results import Case
 
 _AT_ONCE = 64
@@ -146,7 +146,7 @@ def predict(
 
 
 def _answers(
-    defense: NamedDefense,
+    defense: AnyDefense,
     images: ImageDataset,
     files: Sequence[Path],
     class_names: Sequence[str] | None,
@@ -182,11 +182,14 @@ def _answers(
         yield from (answers[position] for position in sorted(answers))
 
 
-def _suspects(defense: NamedDefense, case: Case) -> bool | None:
+def _suspects(defense: AnyDefense, case: Case) -> bool | None:
     """Tell whether a case means that there may be a patch; None where it says nothing of that."""
     from patchproof.defenses.over_masks import OverMasks
+    from patchproof.defenses.preprocessed import PreprocessedDefense
     from patchproof.results import Case
 
+    if isinstance(defense, PreprocessedDefense):
+        return None
     if defense.kind == "detection":
         return case == Case.ALERT
     return case != Case.AGREED if isinstance(defense, OverMasks) else None

@@ -11,7 +11,9 @@ import typer
 def report(
     results: Annotated[
         list[Path],
-        typer.Argument(metavar="RESULT...", help="Results folders of `patchproof certify`."),
+        typer.Argument(
+            metavar="RESULT...", help="Results folders of `patchproof certify` and `attack`."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="The HTML file to write; one that exists is replaced.")
@@ -21,6 +23,10 @@ def report(
 
     It says the attacker in words, the accuracies with their intervals, and shows example images
     with the places where a patch could still win. Unfinished runs are marked as such.
+
+    Attacks are joined with the certificates of the same defense, image by image: the true accuracy
+    lies between what is certified and what no attack broke. A certified image that an attack broke
+    is a bug: it ends the command with exit code 1 when the page is written.
     """
     from patchproof.report import write_report
 

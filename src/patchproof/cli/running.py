@@ -51,25 +51,17 @@ def certify_and_show(
     Raises:
         typer.Exit: Ctrl-C, after what is finished is written.
     """
-    done = 0
     promise = CERTIFIED[defense.kind].replace("_", " ")
-    columns = (
-        TextColumn("certifying"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[state]}"),
-    )
-    bar = Progress(*columns, console=Console(stderr=True))
-    task = bar.add_task("", total=len(dataset), state="")
+    with RunBar("certifying", len(dataset), out) as bar:
 
-    def show(progress: RunProgress) -> None:
-        nonlocal done
-        done = progress.done
-        bar.start()
-        bar.update(task, completed=done, state=_state(progress, promise))
+        def show(progress: RunProgress) -> None:
+            state = ""
+            if progress.images_per_second:
+                state = (
+                    f"clean {progress.clean_accuracy:.1%}, {promise} {progress.certified_share:.1%}"
+                )
+            bar.show(progress.done, progress.images_per_second, progress.seconds_left, state)
 
-    try:
         summary = certify_dataset(
             defense,
             dataset,
@@ -80,35 +72,51 @@ def certify_and_show(
             about=about,
             progress=show,
         )
-    except KeyboardInterrupt as interrupt:
-        _stop(bar)
-        typer.echo(
-            f"patchproof: stopped after {done} of {len(dataset)} images, which are in {out}; "
-            "the same command goes on from there",
-            err=True,
-        )
-        raise typer.Exit(130) from interrupt
-    finally:
-        _stop(bar)
     Console().print(_table(summary, defense))
     return summary
 
 
-def _stop(bar: Progress) -> None:
-    """Stop the bar if it was shown; stopping prints a line."""
-    if bar.live.is_started:
-        bar.stop()
+class RunBar:
+    """The progress of a run that writes a results folder, on stderr; says what Ctrl-C keeps.
 
+    Raises:
+        typer.Exit: at the end of its block after Ctrl-C.
+    """
 
-def _state(progress: RunProgress, promise: str) -> str:
-    if progress.done == progress.total:
-        return "finishing"
-    if not progress.images_per_second:
-        return ""
-    return (
-        f"{progress.images_per_second:.3g} images/s, {_duration(progress.seconds_left)} left, "
-        f"clean {progress.clean_accuracy:.1%}, {promise} {progress.certified_share:.1%}"
-    )
+    def __init__(self, doing: str, total: int, out: Path) -> None:
+        columns = (
+            TextColumn(doing),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[state]}"),
+        )
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._task = self._bar.add_task("", total=total, state="")
+        self._done, self._total, self._out = 0, total, out
+
+    def show(self, done: int, rate: float, seconds_left: float, state: str) -> None:
+        """Show that ``done`` images are finished, how fast, and a few words."""
+        self._done = done
+        self._bar.start()
+        pace = f"{rate:.3g} images/s, {_duration(seconds_left)} left" if rate else ""
+        text = ", ".join(filter(None, (pace, state)))
+        finished = done == self._total
+        self._bar.update(self._task, completed=done, state="finishing" if finished else text)
+
+    def __enter__(self) -> RunBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._bar.live.is_started:  # stopping prints a line
+            self._bar.stop()
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            typer.echo(
+                f"patchproof: stopped after {self._done} of {self._total} images, which are in "
+                f"{self._out}; the same command goes on from there",
+                err=True,
+            )
+            raise typer.Exit(130)
 
 
 def _duration(seconds: float) -> str:

@@ -9,7 +9,9 @@ from torch import nn
 from patchproof.aggregation import Confidence, Prediction, SpatialVotes
 from patchproof.defenses.over_features import OverFeatures
 from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
+from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDefense
+from patchproof.defenses.view_scores import ViewScores
 from patchproof.models.ablation import Ablation
 from patchproof.results import PatchproofError
 from patchproof.threat import Threat
@@ -46,6 +48,7 @@ class BagCert(OverFeatures, ViewDefense):
     """
 
     _OWN = ("feature",)
+    aggregation: SpatialVotes
 
     def __init__(
         self,
@@ -76,3 +79,11 @@ class BagCert(OverFeatures, ViewDefense):
             batch_size=batch_size,
             memory_budget=memory_budget,
         )
+
+    def surrogates(self) -> dict[str, Surrogate]:
+        """Return differentiable stand-ins for attackers by what they aim at, the best first."""
+        model, views, how = self.model, self.views, self.aggregation
+        return {
+            "soft-votes": ViewScores(model, views, how.soft_scores),
+            "votes": ViewScores(model, views, how.exact_scores, exact=True),
+        }

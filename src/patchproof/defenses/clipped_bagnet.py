@@ -7,7 +7,9 @@ from torch import nn
 from patchproof.aggregation import ClippedSum
 from patchproof.defenses.over_features import OverFeatures
 from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
+from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDefense
+from patchproof.defenses.view_scores import ViewScores
 from patchproof.models.ablation import Ablation
 from patchproof.threat import Threat
 from patchproof.threat.regions import ImageSize
@@ -41,6 +43,7 @@ class ClippedBagNet(OverFeatures, ViewDefense):
     """
 
     _OWN = ()
+    aggregation: ClippedSum
 
     def __init__(
         self,
@@ -65,3 +68,8 @@ class ClippedBagNet(OverFeatures, ViewDefense):
             batch_size=batch_size,
             memory_budget=memory_budget,
         )
+
+    def surrogates(self) -> dict[str, Surrogate]:
+        """Return differentiable stand-ins for attackers by what they aim at, the best first."""
+        combine = self.aggregation.exact_scores
+        return {"soft-evidence": ViewScores(self.model, self.views, combine, exact=True)}

@@ -7,7 +7,9 @@ from torch import nn
 from patchproof.aggregation import CountedVotes
 from patchproof.defenses.over_features import OverFeatures
 from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
+from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDefense
+from patchproof.defenses.view_scores import ViewScores
 from patchproof.models.ablation import Ablation
 from patchproof.threat import Threat
 from patchproof.threat.regions import ImageSize
@@ -46,6 +48,7 @@ class DerandomizedSmoothing(OverFeatures, ViewDefense):
     """
 
     _OWN = ("vote_threshold",)
+    aggregation: CountedVotes
 
     def __init__(
         self,
@@ -72,3 +75,11 @@ class DerandomizedSmoothing(OverFeatures, ViewDefense):
             batch_size=batch_size,
             memory_budget=memory_budget,
         )
+
+    def surrogates(self) -> dict[str, Surrogate]:
+        """Return differentiable stand-ins for attackers by what they aim at, the best first."""
+        model, views, how = self.model, self.views, self.aggregation
+        return {
+            "soft-votes": ViewScores(model, views, how.soft_scores),
+            "votes": ViewScores(model, views, how.exact_scores, exact=True),
+        }

@@ -21,6 +21,7 @@ from patchproof.defenses.inference import (
     default_batch_size,
     fastest_batch_size,
 )
+from patchproof.defenses.surrogate import NetworkScores, Surrogate
 from patchproof.models import ModelSpec
 from patchproof.precision import direct_inference
 from patchproof.results import (
@@ -182,6 +183,10 @@ class IntervalBoundPropagation(BatchedDefense[Certification]):
         """
         self._bounded(spec.channels)
         super().save(path, spec, made)
+
+    def surrogates(self) -> dict[str, Surrogate]:
+        """Return differentiable stand-ins for attackers by what they aim at, the best first."""
+        return {"logits": NetworkScores(self.model)}
 
     def infer(self, images: Tensor) -> Prediction:
         """Return what ``predict`` does, with the case and the model forwards of each image."""

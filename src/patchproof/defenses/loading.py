@@ -8,13 +8,16 @@ from typing import get_args
 from patchproof.defenses.bagcert import BagCert
 from patchproof.defenses.clipped_bagnet import ClippedBagNet
 from patchproof.defenses.derandomized_smoothing import DerandomizedSmoothing
+from patchproof.defenses.digital_watermarking import DigitalWatermarking
 from patchproof.defenses.interval_bound_propagation import IntervalBoundPropagation
+from patchproof.defenses.local_gradient_smoothing import LocalGradientSmoothing
 from patchproof.defenses.minority_reports import MinorityReports
 from patchproof.defenses.patchcleanser import PatchCleanser
 from patchproof.defenses.patchguard import PatchGuard
 from patchproof.defenses.patchguard_plus_plus import PatchGuardPlusPlus
 from patchproof.defenses.randomized_cropping import RandomizedCropping
 from patchproof.defenses.robust_statistics import RobustStatistics
+from patchproof.defenses.undefended import Undefended
 from patchproof.models import load_classifier
 from patchproof.results import PatchproofError
 
@@ -29,13 +32,19 @@ FeatureDefense = (
 NamedDefense = (
     PatchCleanser | MinorityReports | FeatureDefense | IntervalBoundPropagation | RandomizedCropping
 )
+"""The defenses with a certificate."""
 
-_TYPES: dict[str, type[NamedDefense]] = {
-    defense.__name__: defense for defense in get_args(NamedDefense)
+HeuristicDefense = Undefended | LocalGradientSmoothing | DigitalWatermarking
+"""Those without."""
+
+AnyDefense = NamedDefense | HeuristicDefense
+
+_TYPES: dict[str, type[AnyDefense]] = {
+    defense.__name__: defense for defense in get_args(AnyDefense)
 }
 
 
-def load(path: Path | str, *, device: str = "cpu", allow_code: bool = False) -> NamedDefense:
+def load(path: Path | str, *, device: str = "cpu", allow_code: bool = False) -> AnyDefense:
     """Load a defense that its ``save`` wrote, with its model in eval mode on ``device``.
 
     Args:

@@ -8,7 +8,9 @@ from patchproof.aggregation import MinorityVote
 from patchproof.defenses.checks import check_tau
 from patchproof.defenses.over_masks import OverMasks
 from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
+from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDetector
+from patchproof.defenses.view_scores import ViewScores
 from patchproof.detection import TradeOff
 from patchproof.threat import MaskSet, Threat
 from patchproof.threat.masks import Layout
@@ -54,6 +56,7 @@ class MinorityReports(OverMasks, ViewDetector):
     """
 
     _OWN = ("tau",)
+    aggregation: MinorityVote
 
     def __init__(
         self,
@@ -93,6 +96,11 @@ class MinorityReports(OverMasks, ViewDetector):
             batch_size=batch_size,
             memory_budget=memory_budget,
         )
+
+    def surrogates(self) -> dict[str, Surrogate]:
+        """Return differentiable stand-ins for attackers by what they aim at, the best first."""
+        combine = self.aggregation.soft_scores
+        return {"agreement": ViewScores(self.model, self.views, combine, always=1)}
 
     def trade_off(self, images: Tensor, labels: Tensor, taus: Tensor | None = None) -> TradeOff:
         """Count what each tau costs and gives on labelled images, from one pass over them.

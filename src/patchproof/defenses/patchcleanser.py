@@ -7,9 +7,12 @@ from typing import Literal
 from torch import nn
 
 from patchproof.aggregation import ChallengerGame, DoubleMasking
+from patchproof.aggregation.soft import expected_votes
 from patchproof.defenses.over_masks import OverMasks
 from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
+from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDefense
+from patchproof.defenses.view_scores import TwoMaskScores, ViewScores
 from patchproof.results import PatchproofError
 from patchproof.threat import MaskSet, Threat
 from patchproof.threat.masks import Layout
@@ -87,7 +90,7 @@ class PatchCleanser(OverMasks, ViewDefense):
             layout=layout,
             shapes=shapes,
         )
-        views = MaskPairViews(masks, fill)
+        views = self.pairs = MaskPairViews(masks, fill)
         aggregation = DoubleMasking if inference == "double" else ChallengerGame
         super().__init__(
             model,
@@ -98,3 +101,12 @@ class PatchCleanser(OverMasks, ViewDefense):
             batch_size=batch_size,
             memory_budget=memory_budget,
         )
+
+    def surrogates(self) -> dict[str, Surrogate]:
+        """Return differentiable stand-ins for attackers by what they aim at, the best first."""
+        views, challenger = self.pairs, self.inference == "challenger"
+        one_mask = views.pair_to_view.diagonal()
+        return {
+            "majority": ViewScores(self.model, views, expected_votes, among=one_mask),
+            "two-mask-disagreement": TwoMaskScores(self.model, views, challenger=challenger),
+        }

@@ -18,7 +18,9 @@ from patchproof.defenses.over_features import (
     evidence_of,
 )
 from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
+from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDefense
+from patchproof.defenses.view_scores import ViewScores
 from patchproof.models.ablation import Ablation
 from patchproof.results import PatchproofError, Verdict
 from patchproof.threat import Threat
@@ -118,6 +120,13 @@ class PatchGuard(OverFeatures, ViewDefense):
             memory_budget=memory_budget,
             corruption=corruption,
         )
+
+    def surrogates(self) -> dict[str, Surrogate]:
+        """Return differentiable stand-ins for attackers by what they aim at, the best first."""
+        model, views, how = self.model, self.views, self.aggregation
+        masked = ViewScores(model, views, how.exact_scores, forwards=None, exact=True)
+        spread = ViewScores(model, views, how.undetected_scores, forwards=None)
+        return {"masked-evidence": masked, "below-detection": spread}
 
     def describe(self) -> str:
         """Say how many views there are, what each sees, and the windows."""

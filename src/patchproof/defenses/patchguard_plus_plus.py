@@ -10,7 +10,9 @@ from patchproof.defenses.feature_windows import choose_windows
 from patchproof.defenses.minority_reports import DEFAULT_TAU
 from patchproof.defenses.over_features import OverFeatures
 from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
+from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDetector
+from patchproof.defenses.view_scores import ViewScores
 from patchproof.models.ablation import Ablation
 from patchproof.threat import Threat
 from patchproof.threat.regions import ImageSize
@@ -50,6 +52,7 @@ class PatchGuardPlusPlus(OverFeatures, ViewDetector):
     """
 
     _OWN = ("tau", "window")
+    aggregation: WindowVote
 
     def __init__(
         self,
@@ -82,6 +85,11 @@ class PatchGuardPlusPlus(OverFeatures, ViewDetector):
             memory_budget=memory_budget,
             corruption=corruption,
         )
+
+    def surrogates(self) -> dict[str, Surrogate]:
+        """Return differentiable stand-ins for attackers by what they aim at, the best first."""
+        combine = self.aggregation.soft_scores
+        return {"agreement": ViewScores(self.model, self.views, combine, forwards=None)}
 
     def describe(self) -> str:
         """Say how many views there are, what each sees, and the windows."""

@@ -32,6 +32,7 @@ from patchproof.aggregation.crop_votes import (
     majority,
     votes_to_turn,
 )
+from patchproof.aggregation.soft import expected_votes
 from patchproof.defenses.batched import BatchedDefense, either
 from patchproof.defenses.checks import check_images, check_label_range, check_model
 from patchproof.defenses.inference import (
@@ -42,6 +43,8 @@ from patchproof.defenses.inference import (
     in_fitting_batches,
 )
 from patchproof.defenses.saved import DEFAULT_TOLERANCE
+from patchproof.defenses.surrogate import Surrogate
+from patchproof.defenses.view_scores import ViewScores
 from patchproof.models.crops import CropSize
 from patchproof.precision import exact_inference
 from patchproof.probability import ProbableCertification
@@ -58,7 +61,7 @@ from patchproof.results import (
 )
 from patchproof.threat import SparsePixels, Threat, threat_from_dict
 from patchproof.threat.regions import ImageSize, check_image_size
-from patchproof.views.crops import CropPlaces, box_sums, check_local, crop_scores
+from patchproof.views.crops import CropPlaces, CropViews, box_sums, check_local, crop_scores
 
 Mode = Literal["all-crops", "fixed-crops", "random-crops"]
 """Which crops vote: all, a public draw that is the same for every image, or a secret fresh one."""
@@ -282,6 +285,12 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         for name in ("image_size", "crop_size"):
             given[name] = tuple(given[name])
         return cls(model, threat_from_dict(values["threat"]), **given)
+
+    def surrogates(self) -> dict[str, Surrogate]:
+        """Return differentiable stand-ins for attackers by what they aim at, the best first."""
+        views = CropViews(self.image_size, self.places.crop_size)
+        places = None if self.mode == "random-crops" else self.fixed
+        return {"expected-votes": ViewScores(self.model, views, expected_votes, among=places)}
 
     def infer(self, images: Tensor) -> Prediction:
         """Return what ``predict`` does, with the case and the model forwards of each image."""

@@ -15,7 +15,9 @@ from patchproof.defenses.over_features import (
     evidence_of,
 )
 from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
+from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDefense
+from patchproof.defenses.view_scores import ViewScores
 from patchproof.models.ablation import Ablation
 from patchproof.results import PatchproofError
 from patchproof.threat import Threat
@@ -60,6 +62,7 @@ class RobustStatistics(OverFeatures, ViewDefense):
     """
 
     _OWN = ("statistic", "feature", "trim", "count", "high")
+    aggregation: RankSum
 
     def __init__(
         self,
@@ -104,6 +107,14 @@ class RobustStatistics(OverFeatures, ViewDefense):
             memory_budget=memory_budget,
             corruption=corruption,
         )
+
+    def surrogates(self) -> dict[str, Surrogate]:
+        """Return differentiable stand-ins for attackers by what they aim at, the best first."""
+        model, views, how = self.model, self.views, self.aggregation
+        return {
+            "soft-evidence": ViewScores(model, views, how.soft_scores, forwards=None),
+            "evidence": ViewScores(model, views, how.exact_scores, forwards=None, exact=True),
+        }
 
     def describe(self) -> str:
         """Say how many views there are, what each sees, and how many are left out."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from patchproof.defenses.surrogate import Surrogate
 from patchproof.models import ModelSpec, save_classifier
 from patchproof.results import PatchproofError
 from patchproof.threat import Threat
@@ -42,6 +43,10 @@ class SavedDefense(ABC):
     @abstractmethod
     def from_dict(cls, model: nn.Module, values: dict[str, Any]) -> Self:
         """Return the defense of ``model`` that ``to_dict`` described."""
+
+    @abstractmethod
+    def surrogates(self) -> dict[str, Surrogate]:
+        """Return differentiable stand-ins for attackers by what they aim at, the best first."""
 
     @abstractmethod
     def describe(self) -> str:

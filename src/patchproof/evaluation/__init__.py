@@ -1,8 +1,10 @@
-"""Certify data sets: run, resume, store, summarize."""
+"""Certify and attack data sets: run, resume, store, summarize."""
 
+from patchproof.evaluation.attack import AttackProgress, attack_dataset
 from patchproof.evaluation.certify import Progress, certify_dataset
 from patchproof.evaluation.store import Gallery, Result, read_result
 from patchproof.evaluation.summary import (
+    AttackSummary,
     DetectionSummary,
     ProbableSummary,
     Proportion,
@@ -12,6 +14,8 @@ from patchproof.evaluation.summary import (
 )
 
 __all__ = [
+    "AttackProgress",
+    "AttackSummary",
     "DetectionSummary",
     "Gallery",
     "ProbableSummary",
@@ -19,6 +23,7 @@ __all__ = [
     "Proportion",
     "Result",
     "Summary",
+    "attack_dataset",
     "certify_dataset",
     "read_result",
     "summarize",

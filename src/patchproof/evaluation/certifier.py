@@ -17,12 +17,8 @@ from patchproof.threat import Threat
 AnyCertification = Certification | DetectionCertification | ProbableCertification
 
 
-class Certifier(Protocol):
-    """A defense that certifies labelled images against its threat."""
-
-    @property
-    def kind(self) -> Kind:
-        """What its certificates promise."""
+class Described(Protocol):
+    """A defense that says what it is."""
 
     @property
     def model(self) -> nn.Module:
@@ -40,6 +36,28 @@ class Certifier(Protocol):
     def batch_size(self) -> int | None:
         """Views in one forward pass; None where none is chosen yet."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything that decides the verdicts, apart from the model, as JSON values."""
+
+    def describe(self) -> str:
+        """Say in a few words what the defense looks at."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+
+
+class Certifier(Described, Protocol):
+    """A defense that certifies labelled images against its threat."""
+
+    @property
+    def kind(self) -> Kind:
+        """What its certificates promise."""
+
+    @property
+    def paper(self) -> Paper | None:
+        """Whether the criterion of its paper is sound; None where there is none."""
+
     def tune_batch_size(self, image: Tensor) -> int:
         """Measure which batch size is fastest for images (C, H, W) like this, and keep it."""
 
@@ -50,17 +68,3 @@ class Certifier(Protocol):
         self, examples: Iterable[tuple[int, Tensor, int]], stop: Stop = ...
     ) -> Iterator[tuple[list[int], AnyCertification]]:
         """Certify (key, image, label) and yield the keys of finished images with their results."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything that decides the verdicts, apart from the model, as JSON values."""
-
-    def describe(self) -> str:
-        """Say in a few words what the defense looks at."""
-
-    @property
-    def paper(self) -> Paper | None:
-        """Whether the criterion of its paper is sound; None where there is none."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model runs."""

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +14,9 @@ from torch import Tensor
 
 from patchproof.aggregation.base import Stop
 from patchproof.datasets import CorruptImageError, ImageDataset
-from patchproof.defenses.checks import check_model
 from patchproof.evaluation.certifier import AnyCertification, Certifier
 from patchproof.evaluation.gallery import choose_images, make_gallery
+from patchproof.evaluation.provenance import check_fit, how_made, identity, logits
 from patchproof.evaluation.store import (
     CERTIFIED,
     FORMAT,
@@ -30,9 +26,8 @@ from patchproof.evaluation.store import (
     read_gallery,
 )
 from patchproof.evaluation.summary import AnySummary, summarize
-from patchproof.models import ModelSpec, model_digest
-from patchproof.precision import exact_inference
-from patchproof.results import Case, PatchproofError, RunError
+from patchproof.models import ModelSpec
+from patchproof.results import Case, RunError
 
 SHARD_IMAGES = 512
 SHARD_SECONDS = 30.0
@@ -106,13 +101,13 @@ def certify_dataset(
         PatchproofError: the data set does not fit the defense, or the folder holds something else.
         RunError: the folder cannot be written (no space left, say), or no image could be read.
     """
-    _check_fit(defense, dataset)
+    check_fit(defense, dataset)
     if defense.batch_size is None:
         defense.tune_batch_size(torch.zeros(dataset.channels, *dataset.image_size))
     manifest: dict[str, Any] = {
         "format": FORMAT,
-        "identity": _identity(defense, dataset, stop, spec),
-        "about": _about(defense, dataset) | dict(about or {}),
+        "identity": {"kind": defense.kind, **identity(defense, dataset, spec), "stop": stop},
+        "about": {**how_made(defense, dataset), "paper": defense.paper, **dict(about or {})},
     }
     with RunFolder.open(Path(out), manifest) as folder:
         recorder = _Recorder(folder, dataset, progress)
@@ -250,7 +245,7 @@ def _waiting_images(
                     recorder.add_corrupt(position, error)
         if not images:
             continue
-        labels = _logits(defense, torch.stack(list(images.values()))).argmax(1).tolist()
+        labels = logits(defense, torch.stack(list(images.values()))).argmax(1).tolist()
         recorder.vanilla.update(
             (position, label)
             for position, label in zip(images, labels, strict=True)
@@ -258,97 +253,3 @@ def _waiting_images(
         )
         for position in waiting & images.keys():
             yield position, images[position], int(dataset.labels[position])
-
-
-def _check_fit(defense: Certifier, dataset: ImageDataset) -> None:
-    """Raise ``PatchproofError`` unless the defense's model can classify the data set."""
-    if len(dataset) == 0:
-        raise PatchproofError(f"expected images in {dataset.name} {dataset.split}, got none")
-    if dataset.image_size != defense.image_size:
-        raise PatchproofError(
-            f"expected images of {_by(defense.image_size)} pixels for this defense, "
-            f"got {_by(dataset.image_size)} in {dataset.name}"
-        )
-    if len(set(dataset.indices.tolist())) != len(dataset):
-        raise PatchproofError("expected each image once, got an index more than once")
-    check_model(defense.model)
-    shape = (dataset.channels, *dataset.image_size)
-    try:
-        classes = _logits(defense, torch.zeros(1, *shape)).shape[1]
-    except RuntimeError as error:
-        first_line = str(error).partition("\n")[0]
-        raise PatchproofError(
-            f"expected a model for {_by(shape)} images, got one that fails: {first_line}"
-        ) from error
-    lowest, highest = int(dataset.labels.min()), int(dataset.labels.max())
-    if lowest < 0 or highest >= classes:
-        raise PatchproofError(
-            f"expected labels from 0 to {classes - 1}, the classes of the model, "
-            f"got {lowest} to {highest} in {dataset.name}"
-        )
-
-
-def _logits(defense: Certifier, images: Tensor) -> Tensor:
-    """Return what the undefended model says, (N, classes)."""
-    with exact_inference(defense.device):
-        logits: Tensor = defense.model(images.to(defense.device))
-    return logits
-
-
-def _identity(
-    defense: Certifier, dataset: ImageDataset, stop: Stop, spec: ModelSpec | None
-) -> dict[str, Any]:
-    """Return everything that decides the verdicts, as JSON values."""
-    kind = type(defense.model)
-    model = (
-        {
-            "source": f"{kind.__module__}.{kind.__qualname__}",
-            "architecture": hashlib.sha256(repr(defense.model).encode()).hexdigest(),
-        }
-        if spec is None
-        else {"spec": spec.to_dict()}
-    )
-    return {
-        "kind": defense.kind,
-        "defense": defense.to_dict(),
-        "threat": defense.threat.to_dict(),
-        "image_size": list(defense.image_size),
-        "model": model | {"digest": model_digest(defense.model)},
-        "dataset": {
-            "name": dataset.name,
-            "split": dataset.split,
-            "digest": dataset.digest(),
-            "count": len(dataset),
-            "indices_digest": hashlib.sha256(dataset.indices.numpy().tobytes()).hexdigest(),
-        },
-        "stop": stop,
-        "precision": "float32",
-        "patchproof": version("patchproof"),
-    }
-
-
-def _about(defense: Certifier, dataset: ImageDataset) -> dict[str, Any]:
-    """Return how the run is made, as JSON values."""
-    return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "torchvision", "timm", "numpy")},
-        "device": describe_device(defense.device),
-        "threads": torch.get_num_threads(),
-        "threat_words": defense.threat.describe(),
-        "defense_words": defense.describe(),
-        "paper": defense.paper,
-        "class_names": list(dataset.class_names),
-        "batch_size": defense.batch_size,
-    }
-
-
-def describe_device(device: torch.device) -> str:
-    """Return a device in words, such as the name of the processor."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.processor() or platform.machine()})"
-
-
-def _by(lengths: Iterable[int]) -> str:
-    return "x".join(str(length) for length in lengths)

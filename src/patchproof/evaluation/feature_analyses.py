@@ -48,6 +48,7 @@ from patchproof.results import Corruption, PatchproofError, Verdict
 from patchproof.threat import SquarePatch, Threat
 from patchproof.threat.regions import ImageSize
 from patchproof.views import LocalFeatureViews
+from patchproof.views.cells import CellViews
 
 UNBOUNDED = LARGEST
 """Clipping bounds this far from 0 clip nothing: they stand for infinity."""
@@ -73,7 +74,8 @@ class Subject:
 
     Attributes:
         name: in the tables.
-        views: its local features, or the ablations that it looks at.
+        views: its local features, or the ablations that it looks at; places of the last feature
+            map of a network with large receptive fields, for ``attacked_logits`` alone.
         record: returns what it says, on clean or on attacked images; makes the recording if need
             be.
         image_size: (H, W) in pixels.
@@ -82,15 +84,29 @@ class Subject:
     """
 
     name: str
-    views: FeatureViews
+    views: FeatureViews | CellViews
     record: Callable[[Attack | None], FeatureRecording]
     image_size: ImageSize
     tolerance: float
     card: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def small(self) -> FeatureViews:
+        """The views, each of which sees a small part of the image.
+
+        Raises:
+            PatchproofError: they do not.
+        """
+        if isinstance(self.views, CellViews):
+            raise PatchproofError(
+                f"{self.name}: expected features that each see a small part of the image, got "
+                f"{self.sees} pixels"
+            )
+        return self.views
+
     def corruption(self, threat: Threat) -> Corruption:
         """Return which views each patch region corrupts."""
-        return self.views.corruption(threat)
+        return self.small.corruption(threat)
 
     def masking(
         self,
@@ -114,8 +130,8 @@ class Subject:
             PatchproofError: as ``PatchGuard`` does.
         """
         corruption = self.corruption(threat)
-        windows = choose_windows(self.views, corruption, threat, self.image_size, mask_for=mask_for)
-        evidence = evidence_of(default_feature(self.views, feature))
+        windows = choose_windows(self.small, corruption, threat, self.image_size, mask_for=mask_for)
+        evidence = evidence_of(default_feature(self.small, feature))
         aggregation = RobustMasking(
             windows, evidence, threshold=threshold, tolerance=self.tolerance
         )
@@ -135,7 +151,7 @@ class Subject:
         if name == "patchguard":
             return self.masking(threat, feature=feature)
         patterns = self.corruption(threat).patterns
-        evidence = evidence_of(default_feature(self.views, feature))
+        evidence = evidence_of(default_feature(self.small, feature))
         most, views = int(patterns.sum(1).max()), self.views.count
         aggregation: FeatureAggregation
         match name:
@@ -156,6 +172,8 @@ class Subject:
     @property
     def sees(self) -> str:
         """What a view sees, such as 7x7 pixels."""
+        if isinstance(self.views, CellViews):
+            return _by(self.views.size)
         if isinstance(self.views, LocalFeatureViews):
             return _by(self.views.fields.size)
         return _by(self.views.ablation.block(self.image_size))
@@ -163,8 +181,8 @@ class Subject:
     @property
     def stride(self) -> str:
         """Pixels between neighbouring views."""
-        if isinstance(self.views, LocalFeatureViews):
-            return _side(self.views.fields.stride)
+        if isinstance(self.small, LocalFeatureViews):
+            return _side(self.small.fields.stride)
         return "1"
 
 
@@ -476,7 +494,7 @@ def masked_windows(
     rows = []
     for subject in subjects:
         own = [(side, windows) for other, side, windows in trials if other is subject]
-        evidence = _unclipped(default_feature(subject.views, feature))
+        evidence = _unclipped(default_feature(subject.small, feature))
         masked: list[list[Tensor]] = [[] for _ in own]
         changed: list[list[Tensor]] = [[] for _ in own]
         for part in subject.record(None).parts():
@@ -514,12 +532,19 @@ class AttackedLogits:
             ``image`` (clean or attacked), ``evidence`` (true or malicious class), ``bin_low``,
             ``bin_high`` (logits, half-open) and ``features`` (how many).
         summary: a row for each model and kind of image: ``vanilla``, ``clean`` (robust masking
-            is right; on attacked images too), ``wrong_features`` (share of local predictions that
-            are wrong), and the largest local logit of either class.
+            is right; on attacked images too; missing where no windows can be had), and
+            ``wrong_features`` (share of local predictions that are wrong), and the largest local
+            logit of either class.
+        wrong: a row for each model: ``receptive_field``, ``features`` (of an image), the shares of
+            wrong local predictions on attacked and on clean images (``wrong_attacked``,
+            ``wrong_original``), their difference ``wrong_more``, and the shares of wrong
+            predictions of the undefended model, ``wrong_global`` on attacked and
+            ``wrong_global_original`` on clean images.
     """
 
     histogram: pd.DataFrame
     summary: pd.DataFrame
+    wrong: pd.DataFrame
 
 
 def attacked_logits(
@@ -532,22 +557,25 @@ def attacked_logits(
 
     Args:
         subjects: classifiers.
-        attack: of a patch; robust masking is made for it.
+        attack: of a patch; robust masking is made for it where that is possible.
         bins: of the histogram.
     """
-    histograms, summaries = [], []
+    histograms, summaries, wrong = [], [], []
     for subject in subjects:
-        trial = subject.masking(attack.threat)
+        trial = _masking_or_none(subject, attack.threat)
         attacked = subject.record(attack)
         malicious: dict[int, int] = {}
         for part in attacked.parts():
             others = part.whole.scatter(1, part.right[:, None], -torch.inf)
             malicious.update(zip(part.index.tolist(), others.argmax(1).tolist(), strict=True))
         logits: dict[tuple[str, str], Tensor] = {}
+        undefended: dict[str, Row] = {}
         for image, recording in (("clean", subject.record(None)), ("attacked", attacked)):
             summary, evidence = _local_logits(recording, malicious, trial)
             summaries.append({"model": subject.name, "image": image} | summary)
+            undefended[image] = summary
             logits |= {(image, name): values for name, values in evidence.items()}
+        wrong.append(_wrong(subject, undefended["attacked"], undefended["clean"]))
         ends = torch.stack([end for values in logits.values() for end in values.aminmax()])
         edges = np.linspace(float(ends.min()), float(ends.max()), bins + 1)
         for (image, name), values in logits.items():
@@ -564,11 +592,37 @@ def attacked_logits(
                     }
                 )
             )
-    return AttackedLogits(pd.concat(histograms, ignore_index=True), pd.DataFrame(summaries))
+    return AttackedLogits(
+        pd.concat(histograms, ignore_index=True), pd.DataFrame(summaries), pd.DataFrame(wrong)
+    )
+
+
+def _masking_or_none(subject: Subject, threat: Threat) -> Trial | None:
+    try:
+        return subject.masking(threat)
+    except PatchproofError:
+        return None
+
+
+def _wrong(subject: Subject, attacked: Row, clean: Row) -> Row:
+    """Return the row of ``AttackedLogits.wrong`` from those of its summary."""
+    return {
+        "model": subject.name,
+        "receptive_field": subject.sees,
+        "features": subject.views.count,
+        "count": attacked["count"],
+        "wrong_attacked": attacked["wrong_features"],
+        "wrong_original": clean["wrong_features"],
+        "wrong_more": attacked["wrong_features"] - clean["wrong_features"],
+        "wrong_global": 1 - attacked["vanilla"],
+        "wrong_global_low": 1 - attacked["vanilla_high"],
+        "wrong_global_high": 1 - attacked["vanilla_low"],
+        "wrong_global_original": 1 - clean["vanilla"],
+    }
 
 
 def _local_logits(
-    recording: FeatureRecording, malicious: Mapping[int, int], trial: Trial
+    recording: FeatureRecording, malicious: Mapping[int, int], trial: Trial | None
 ) -> tuple[Row, dict[str, Tensor]]:
     """Return the summary of a recording, and the finite logits of two classes, (M,) each."""
     vanilla, clean, wrong = [], [], []
@@ -577,7 +631,8 @@ def _local_logits(
         scores = part.outputs.scores
         assert scores is not None, "recordings hold them"
         vanilla.append(part.vanilla)
-        clean.append(trial.aggregation.predict(part.outputs)[0] == part.right)
+        if trial is not None:
+            clean.append(trial.aggregation.predict(part.outputs)[0] == part.right)
         wrong.append((part.outputs.labels != part.right[:, None]).double().mean(1))
         classes = {
             "true class": part.right,
@@ -587,9 +642,11 @@ def _local_logits(
             own = scores.gather(2, chosen[:, None, None].expand(-1, scores.shape[1], 1))
             logits[name].append(own[own.isfinite()])
     joined = {name: torch.cat(values) for name, values in logits.items()}
+    missing = dict.fromkeys(("clean", "clean_low", "clean_high"), float("nan"))
     row = {
         "count": len(recording),
-        **accuracies(vanilla=torch.cat(vanilla), clean=torch.cat(clean)),
+        **accuracies(vanilla=torch.cat(vanilla)),
+        **(accuracies(clean=torch.cat(clean)) if clean else missing),
         "wrong_features": float(torch.cat(wrong).mean()),
         "largest_true": float(joined["true class"].max()),
         "largest_malicious": float(joined["malicious class"].max()),
@@ -658,7 +715,7 @@ def _sliding(subject: Subject, side: int) -> Windows | None:
     Raises:
         PatchproofError: views that are not on a grid, or windows that leave nothing.
     """
-    grid = subject.views.grid
+    grid = subject.small.grid
     if grid is None:
         raise PatchproofError("windows: expected views on a grid, got combinations of bands")
     if side == 0:
@@ -669,7 +726,7 @@ def _sliding(subject: Subject, side: int) -> Windows | None:
             f"windows: expected less than the {_by(grid)} views of {subject.name}, got {side} a "
             "side, which would leave nothing"
         )
-    return Windows(grid, size, subject.views.wraps)
+    return Windows(grid, size, subject.small.wraps)
 
 
 def _unclipped(feature: Feature) -> Evidence:

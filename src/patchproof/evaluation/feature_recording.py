@@ -34,9 +34,13 @@ from patchproof.models import ModelSpec
 from patchproof.precision import exact_inference
 from patchproof.results import Outputs
 from patchproof.views import LocalFeatureViews
+from patchproof.views.cells import CellViews
 from patchproof.views.crops import CropViews
 
 FORMAT = "patchproof-features/1"
+
+RecordedViews = FeatureViews | CropViews | CellViews
+"""The parts of images of which scores are recorded."""
 
 _VALUES_AT_ONCE = 2**22
 
@@ -149,7 +153,7 @@ class FeatureArchive(ShardedArchive):
         folder: where recordings are; any number of archives may share it.
         model: from float32 images (N, C, H, W) in [0, 1] to logits (N, classes), in eval mode.
         dataset: N labelled images.
-        views: local features, or ablations.
+        views: local features, ablations, crops, or places of the last feature map.
         spec: what the model was built from; with it a recording names the model exactly.
         batch_size: images in one forward pass; None picks a number by their size.
 
@@ -162,7 +166,7 @@ class FeatureArchive(ShardedArchive):
         folder: Path | str,
         model: nn.Module,
         dataset: ImageDataset,
-        views: FeatureViews | CropViews,
+        views: RecordedViews,
         *,
         spec: ModelSpec | None = None,
         batch_size: int | None = None,
@@ -261,10 +265,12 @@ class FeatureArchive(ShardedArchive):
         return scores
 
 
-def describe_views(views: FeatureViews | CropViews) -> dict[str, Any]:
+def describe_views(views: RecordedViews) -> dict[str, Any]:
     """Return which views they are, beside the model and the size of the images, as JSON values."""
     if isinstance(views, LocalFeatureViews):
         return {"kind": "local features", "grid": list(views.grid)}
+    if isinstance(views, CellViews):
+        return {"kind": "places of the last feature map", "grid": list(views.grid)}
     if isinstance(views, CropViews):
         return {"kind": "crops", "crop_size": list(views.places.crop_size)}
     return {

@@ -32,7 +32,7 @@ from patchproof.defenses.inference import (
     in_fitting_batches,
     model_device,
 )
-from patchproof.evaluation.certify import describe_device
+from patchproof.evaluation.provenance import describe_device
 from patchproof.models import ModelSpec, model_digest, write_atomically
 from patchproof.precision import exact_inference
 from patchproof.results import Outputs, PatchproofError, RunError

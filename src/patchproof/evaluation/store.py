@@ -11,20 +11,28 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from patchproof.evaluation.summary import AnySummary, summarize
+from patchproof.evaluation.summary import (
+    AnySummary,
+    AttackSummary,
+    summarize,
+    summarize_attack,
+)
 from patchproof.models.weights import write_atomically
 from patchproof.results import Case, Kind, Paper, PatchproofError, RunError
 
 FORMAT = "patchproof-result/1"
+
+RunKind = Kind | Literal["attack"]
+"""What a run is: one that certifies, by what its certificates promise, or one that attacks."""
 
 
 def _examples(columns: dict[str, pa.DataType]) -> pa.Schema:
@@ -33,7 +41,7 @@ def _examples(columns: dict[str, pa.DataType]) -> pa.Schema:
     return pa.schema(labels | columns | dict.fromkeys(("case", "status", "message"), pa.string()))
 
 
-EXAMPLES: dict[Kind, pa.Schema] = {
+EXAMPLES: dict[RunKind, pa.Schema] = {
     "recovery": _examples({"certified": pa.bool_(), "paper_condition": pa.bool_()}),
     "detection": _examples(
         {
@@ -52,8 +60,20 @@ EXAMPLES: dict[Kind, pa.Schema] = {
             "paper_condition": pa.bool_(),
         }
     ),
+    "attack": _examples(
+        {
+            "attacked_prediction": pa.int64(),
+            "broken": pa.bool_(),
+            "target": pa.int64(),
+            "hit_target": pa.bool_(),
+            "right_share": pa.float64(),
+            "regions": pa.string(),
+            "objective": pa.float64(),
+            "tries": pa.int64(),
+        }
+    ),
 }
-CERTIFIED: dict[Kind, str] = {
+CERTIFIED: dict[RunKind, str] = {
     "recovery": "certified",
     "detection": "certified_detection",
     "probable": "certified_with_probability",
@@ -81,7 +101,7 @@ _NOTHING: dict[pa.DataType, Any] = {
 }
 
 
-def empty_row(kind: Kind) -> Row:
+def empty_row(kind: RunKind) -> Row:
     """Return the values of an image that no model has seen."""
     columns = [*EXAMPLES[kind], *TIMING]
     row = {column.name: _NOTHING[column.type] for column in columns}
@@ -105,6 +125,32 @@ class Gallery:
 
 
 @dataclass(frozen=True, eq=False)
+class AttackedGallery:
+    """Attacked images to look at.
+
+    Attributes:
+        index: (G,) int64, the rows of the data set.
+        image: (G, C, H, W) uint8, clean.
+        attacked: (G, C, H, W) uint8, rounded from what was attacked.
+        broken: (G,) bool, whether the attack succeeded.
+    """
+
+    index: np.ndarray[Any, np.dtype[np.int64]]
+    image: np.ndarray[Any, np.dtype[np.uint8]]
+    attacked: np.ndarray[Any, np.dtype[np.uint8]]
+    broken: np.ndarray[Any, np.dtype[np.bool_]]
+
+    def joined(self, other: AttackedGallery) -> AttackedGallery:
+        """Return these images and then the others."""
+        return AttackedGallery(
+            *(
+                np.concatenate([getattr(self, entry.name), getattr(other, entry.name)])
+                for entry in fields(self)
+            )
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Result:
     """What a results folder holds.
 
@@ -122,20 +168,20 @@ class Result:
     manifest: dict[str, Any]
     examples: pd.DataFrame
     timing: pd.DataFrame
-    summary: AnySummary
+    summary: AnySummary | AttackSummary
     gallery: Gallery | None
     finished: bool
 
     @property
-    def kind(self) -> Kind:
-        """What the run's certificates promise."""
+    def kind(self) -> RunKind:
+        """What the run's certificates promise, or that it attacks."""
         return run_kind(self.manifest)
 
 
 class RunFolder:
     """A results folder that one run writes to."""
 
-    def __init__(self, path: Path, kind: Kind) -> None:
+    def __init__(self, path: Path, kind: RunKind) -> None:
         self.path = path
         self.kind = kind
         self._next_shard = 1 + max((_number(shard) for shard in _shards(path)), default=-1)
@@ -193,7 +239,19 @@ class RunFolder:
         )
         write_atomically(self.path / "gallery.npz", buffer.getvalue())
 
-    def write_summary(self, summary: AnySummary) -> None:
+    def write_attacked(self, attacked: AttackedGallery) -> None:
+        """Write attacked images to look at."""
+        buffer = io.BytesIO()
+        np.savez_compressed(
+            buffer,
+            index=attacked.index,
+            image=attacked.image,
+            attacked=attacked.attacked,
+            broken=attacked.broken,
+        )
+        write_atomically(self.path / "attacked.npz", buffer.getvalue())
+
+    def write_summary(self, summary: AnySummary | AttackSummary) -> None:
         """Write the figures: the run is finished."""
         write_atomically(self.path / "summary.json", _json(summary.to_dict()))
 
@@ -209,6 +267,7 @@ def read_result(folder: Path | str) -> Result:
     manifest = read_manifest(folder)
     kind = run_kind(manifest)
     examples, timing = _read_tables(folder, kind)
+    batch_size = manifest.get("about", {}).get("batch_size")
     if examples.empty:
         raise PatchproofError(f"{folder}: expected results, got a run without a finished image")
     return Result(
@@ -216,12 +275,10 @@ def read_result(folder: Path | str) -> Result:
         manifest=manifest,
         examples=examples,
         timing=timing,
-        summary=summarize(
-            examples,
-            timing,
-            manifest.get("about", {}).get("batch_size"),
-            kind,
-            run_paper(manifest),
+        summary=(
+            summarize_attack(examples, timing, batch_size)
+            if kind == "attack"
+            else summarize(examples, timing, batch_size, kind, run_paper(manifest))
         ),
         gallery=read_gallery(folder),
         finished=(folder / "summary.json").exists(),
@@ -235,7 +292,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.is_file():
         raise PatchproofError(
-            f"{folder}: expected a results folder of `patchproof certify`, "
+            f"{folder}: expected a results folder of `patchproof certify` or `attack`, "
             "got one without manifest.json"
         )
     try:
@@ -251,8 +308,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     raise PatchproofError(f"{path}: expected the format {FORMAT}, got no manifest of a run")
 
 
-def run_kind(manifest: Mapping[str, Any]) -> Kind:
-    """Return what the certificates of a run promise, by its manifest.
+def run_kind(manifest: Mapping[str, Any]) -> RunKind:
+    """Return what the certificates of a run promise, or that it attacks, by its manifest.
 
     Raises:
         PatchproofError: a kind that this version does not know.
@@ -262,7 +319,7 @@ def run_kind(manifest: Mapping[str, Any]) -> Kind:
         raise PatchproofError(
             f"manifest: expected a run of kind {' or '.join(EXAMPLES)}, got {kind!r}"
         )
-    return cast(Kind, kind)
+    return cast(RunKind, kind)
 
 
 def run_paper(manifest: Mapping[str, Any]) -> Paper | None:
@@ -283,14 +340,25 @@ def run_paper(manifest: Mapping[str, Any]) -> Paper | None:
 
 def read_gallery(folder: Path) -> Gallery | None:
     """Return the images to look at of a results folder, or None."""
-    path = folder / "gallery.npz"
+    arrays = _read_arrays(folder / "gallery.npz", ("index", "image", "vulnerability"))
+    return None if arrays is None else Gallery(*arrays)
+
+
+def read_attacked(folder: Path) -> AttackedGallery | None:
+    """Return the attacked images to look at of a results folder, or None."""
+    arrays = _read_arrays(folder / "attacked.npz", ("index", "image", "attacked", "broken"))
+    return None if arrays is None else AttackedGallery(*arrays)
+
+
+def _read_arrays(path: Path, names: Sequence[str]) -> list[Any] | None:
+    """Return the arrays of these names of a file, or None without the file."""
     if not path.is_file():
         return None
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return Gallery(arrays["index"], arrays["image"], arrays["vulnerability"])
+            return [arrays[name] for name in names]
     except Exception as error:
-        raise RunError(f"{path}: damaged ({error}); delete it and certify again") from error
+        raise RunError(f"{path}: damaged ({error}); delete it and run again") from error
 
 
 def check_same_run(folder: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -331,7 +399,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _read_tables(folder: Path, kind: Kind) -> tuple[pd.DataFrame, pd.DataFrame]:
+def _read_tables(folder: Path, kind: RunKind) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the examples and timing of all shards, one row an image, by ascending index."""
     numbers = [_number(shard) for shard in _shards(folder)]
     examples = _read_shards(folder, "examples", numbers, EXAMPLES[kind])

@@ -121,7 +121,27 @@ class ProbableSummary(RunSummary):
     paper: Paper | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttackSummary(RunSummary):
+    """The figures of a run that attacks. Its forwards are images that went through a surrogate.
+
+    Attributes:
+        robust_accuracy: right on the clean image, and right or alerted on the attacked one: no less
+            than what any certificate of the same threat may claim.
+        attacked_accuracy: right on the attacked image.
+        hit_target: of the images with a target, those that get it; None where none has.
+        tries_per_image: mean number of places and restarts tried on images that were attacked; None
+            where none was.
+    """
+
+    robust_accuracy: Proportion
+    attacked_accuracy: Proportion
+    hit_target: Proportion | None
+    tries_per_image: float | None
+
+
 AnySummary = Summary | DetectionSummary | ProbableSummary
+"""The figures of a run that certifies."""
 
 
 def summarize(
@@ -143,6 +163,57 @@ def summarize(
     Raises:
         RunError: no image could be read.
     """
+    read, shared = _read_and_shared(examples, timing, batch_size)
+    cost = timing.set_index("index")
+
+    if kind == "detection":
+        return DetectionSummary(
+            **shared,
+            certified_detection_accuracy=_share(read["certified_detection"]),
+            alert_rate=_share(read["prediction"] == ALERT),
+        )
+    criterion: dict[str, Any] = {
+        "paper_accuracy": None if paper is None else _share(read["paper_condition"]),
+        "paper": paper,
+    }
+    if kind == "probable":
+        return ProbableSummary(
+            **shared,
+            **criterion,
+            certified_with_probability_accuracy=_share(read["certified_with_probability"]),
+            mean_success_probability=float(read["success_probability"].mean()),
+        )
+    certified_forwards = cost.loc[read.loc[read["certified"], "index"], "forwards"]
+    return Summary(
+        **shared,
+        **criterion,
+        certified_accuracy=_share(read["certified"]),
+        forwards_per_certified_image=(
+            None if certified_forwards.empty else float(certified_forwards.mean())
+        ),
+    )
+
+
+def summarize_attack(
+    examples: pd.DataFrame, timing: pd.DataFrame, batch_size: int | None = None
+) -> AttackSummary:
+    """Return the figures of a run that attacks from its tables; see ``summarize``."""
+    read, shared = _read_and_shared(examples, timing, batch_size)
+
+    targeted, tried = read[read["target"] >= 0], read.loc[read["tries"] > 0, "tries"]
+    return AttackSummary(
+        **shared,
+        robust_accuracy=_share((read["prediction"] == read["label"]) & ~read["broken"]),
+        attacked_accuracy=_share(read["attacked_prediction"] == read["label"]),
+        hit_target=(None if targeted.empty else _share(targeted["hit_target"])),
+        tries_per_image=None if tried.empty else float(tried.mean()),
+    )
+
+
+def _read_and_shared(
+    examples: pd.DataFrame, timing: pd.DataFrame, batch_size: int | None
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Return the rows of readable images, and the values of ``RunSummary``."""
     read = examples[examples["status"] == "ok"]
     corrupt = len(examples) - len(read)
     if read.empty:
@@ -150,46 +221,22 @@ def summarize(
     cost = timing.set_index("index")
     seconds = float(timing["seconds"].sum())
 
-    def proportion(hits: pd.Series[bool]) -> Proportion:
-        return Proportion.of(int(hits.sum()), len(read))
-
     shared: dict[str, Any] = {
         "count": len(read),
         "corrupt": corrupt,
-        "vanilla_accuracy": proportion(read["vanilla"] == read["label"]),
-        "clean_accuracy": proportion(read["prediction"] == read["label"]),
+        "vanilla_accuracy": _share(read["vanilla"] == read["label"]),
+        "clean_accuracy": _share(read["prediction"] == read["label"]),
         "cases": {str(case): int(count) for case, count in read["case"].value_counts().items()},
         "forwards_per_image": float(cost.loc[read["index"], "forwards"].mean()),
         "images_per_second": len(read) / seconds if seconds else 0.0,
         "seconds": seconds,
         "batch_size": batch_size,
     }
-    if kind == "detection":
-        return DetectionSummary(
-            **shared,
-            certified_detection_accuracy=proportion(read["certified_detection"]),
-            alert_rate=proportion(read["prediction"] == ALERT),
-        )
-    criterion: dict[str, Any] = {
-        "paper_accuracy": None if paper is None else proportion(read["paper_condition"]),
-        "paper": paper,
-    }
-    if kind == "probable":
-        return ProbableSummary(
-            **shared,
-            **criterion,
-            certified_with_probability_accuracy=proportion(read["certified_with_probability"]),
-            mean_success_probability=float(read["success_probability"].mean()),
-        )
-    certified_forwards = cost.loc[read.loc[read["certified"], "index"], "forwards"]
-    return Summary(
-        **shared,
-        **criterion,
-        certified_accuracy=proportion(read["certified"]),
-        forwards_per_certified_image=(
-            None if certified_forwards.empty else float(certified_forwards.mean())
-        ),
-    )
+    return read, shared
+
+
+def _share(hits: pd.Series[bool]) -> Proportion:
+    return Proportion.of(int(hits.sum()), len(hits))
 
 
 def trade_off_table(examples: pd.DataFrame, taus: Sequence[float] | None = None) -> pd.DataFrame:

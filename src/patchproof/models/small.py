@@ -80,9 +80,24 @@ class SmallResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (N, C, H, W) in [0, 1] to logits (N, classes)."""
-        features = self.blocks(self.stem(images.contiguous(memory_format=torch.channels_last)))
-        logits: Tensor = self.head(features.amax((2, 3))) * self.logit_scale
+        logits: Tensor = self.head(self._features(images).amax((2, 3))) * self.logit_scale
         return logits
+
+    def cell_logits(self, images: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to what the classifier says of each place, (N, classes, h, w).
+
+        Each place sees much of the image. Its features are judged as if they were the maxima, so
+        the logits of the image are no mean of these.
+        """
+        features = self._features(images).permute(0, 2, 3, 1)
+        logits: Tensor = self.head(features) * self.logit_scale
+        return logits.permute(0, 3, 1, 2)
+
+    def _features(self, images: Tensor) -> Tensor:
+        features: Tensor = self.blocks(
+            self.stem(images.contiguous(memory_format=torch.channels_last))
+        )
+        return features
 
 
 class TinyResNet(SmallResNet):

@@ -54,16 +54,21 @@ _HEADINGS = {
     "turn_variance": "variance",
     "chance_interval": "p_c: interval",
     "chance_variance": "variance of p_c",
+    "vanilla_attacked": "undefended, attacked",
 }
 _SHARES = {
     *("vanilla", "clean", "certified", "certified_detection", "paper"),
     *("certified_estimate", "agreement"),
     *("patch_share", "area_ratio", "size_low", "size_high", "object_share"),
     *("certified_with_probability", "chance_interval"),
+    *("attacked", "vanilla_attacked"),
     *("masked_accuracy", "images_wrong", "windows_changed", "false_positives", "wrong_features"),
 }
 """Columns that are written as percentages."""
-_PLAIN = {"clipped_below", "clipped_above", "threshold", "probability", "chance_variance"}
+_PLAIN = {
+    *("clipped_below", "clipped_above", "threshold", "probability", "chance_variance"),
+    *("smoothing", "fill"),
+}
 """Columns that are written as they were given."""
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,20 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from patchproof.evaluation.store import CERTIFIED, read_result
+from patchproof.evaluation.sandwich import (
+    Sandwich,
+    check_consistent,
+    compare,
+    differences,
+    sandwich_table,
+)
+from patchproof.evaluation.store import CERTIFIED, RunKind, read_attacked, read_result
 from patchproof.evaluation.summary import Proportion, trade_off_table
 from patchproof.models.weights import write_atomically
 from patchproof.report import plots
 from patchproof.report.published import SOURCE_NOTES, comparable, load_published
 from patchproof.report.runs import MEASURES, Run
-from patchproof.results import Kind, PatchproofError
+from patchproof.results import ALERT, PatchproofError
 from patchproof.threat.masks import Mask
 
 _ENLARGED_UP_TO = 64
@@ -30,8 +38,10 @@ _ENLARGED_UP_TO = 64
 def write_report(folders: Sequence[Path], out: Path) -> Path:
     """Write one HTML page that shows one or more runs and needs nothing else to be read.
 
+    Attack runs are joined with the certify runs of the same defense, threat, model and images.
+
     Args:
-        folders: results folders that ``patchproof certify`` wrote, finished or not.
+        folders: results folders that ``patchproof certify`` or ``attack`` wrote, finished or not.
         out: the page; an existing file is replaced whole.
 
     Returns:
@@ -40,7 +50,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     Raises:
         PatchproofError: no folders, one of them twice, not a results folder, one without a finished
             image, or a folder where the page should be.
-        RunError: a results folder is damaged, or the page cannot be written.
+        RunError: a results folder is damaged, or the page cannot be written; and, when it is
+            written, an attack broke a certified image.
     """
     if not folders:
         raise PatchproofError("report: expected at least one results folder, got none")
@@ -48,13 +59,20 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         raise PatchproofError("report: expected distinct results folders, got one more than once")
     if out.is_dir():
         raise PatchproofError(f"report: expected the name of a page to write, got the folder {out}")
-    page = render([Run(read_result(folder)) for folder in folders])
-    write_atomically(out, page.encode())
+    runs = [Run(read_result(folder)) for folder in folders]
+    sandwiches = _joined(runs)
+    write_atomically(out, render(runs, sandwiches).encode())
+    check_consistent(list(sandwiches.values()))
     return out
 
 
-def render(runs: Sequence[Run]) -> str:
-    """Return the page of ``runs`` as HTML."""
+def render(runs: Sequence[Run], sandwiches: Mapping[int, Sandwich]) -> str:
+    """Return the page of ``runs`` as HTML.
+
+    Args:
+        runs: in the order of the page.
+        sandwiches: of certify runs with attack runs, by the number of the certify run, from 1.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -73,6 +91,7 @@ def render(runs: Sequence[Run]) -> str:
             "accuracies": run.accuracies(),
             "published": _published(run, published),
             "examples": _examples(run),
+            "attacked": _attacked(run),
             "masks": _mask_drawing(run),
         }
         for number, (label, run) in enumerate(zip(labels, runs, strict=True), 1)
@@ -89,6 +108,8 @@ def render(runs: Sequence[Run]) -> str:
     return environment.get_template("page.html.jinja").render(
         runs=entries,
         promises=[promise for promise in promises if promise["runs"]],
+        sandwiches=_sandwich_tables(entries, sandwiches),
+        unjoined=_unjoined(entries),
         measures=MEASURES,
         figures=[*_budget_pictures(runs), *_trade_off_pictures(runs, labels)],
         scale=plots.heat_scale(),
@@ -105,8 +126,77 @@ def _labels(runs: Sequence[Run]) -> list[str]:
     ]
 
 
+def _joined(runs: Sequence[Run]) -> dict[int, Sandwich]:
+    """Join each certify run with all attack runs on the same, by the certify run's number."""
+    attacks = [run.result for run in runs if run.kind == "attack"]
+    sandwiches = {}
+    for number, run in enumerate(runs, 1):
+        if run.kind == "attack":
+            continue
+        if own := [attack for attack in attacks if not differences(run.result, attack)]:
+            sandwiches[number] = compare(run.result, own)
+    return sandwiches
+
+
+def _sandwich_tables(
+    entries: Sequence[dict[str, Any]], sandwiches: Mapping[int, Sandwich]
+) -> list[dict[str, Any]]:
+    """Return the sandwiches of certify runs of each kind, as rows of a table and as a picture."""
+    attacks = {entry["run"].result.folder: entry for entry in entries}
+    groups = []
+    for kind in MEASURES:
+        joined = {
+            entries[number - 1]["label"]: (entries[number - 1], sandwich)
+            for number, sandwich in sandwiches.items()
+            if sandwich.kind == kind
+        }
+        if not joined:
+            continue
+        table = sandwich_table({label: sandwich for label, (_, sandwich) in joined.items()})
+        words = ", ".join(
+            f"{label}: certified {_percent(sandwich.certified.value)}, empirical "
+            f"{_percent(sandwich.empirical.value)}"
+            for label, (_, sandwich) in joined.items()
+        )
+        rows = [
+            {
+                "entry": entry,
+                "attacks": [attacks[attack.folder] for attack in sandwich.attacks],
+                "sandwich": sandwich,
+                "numbers": numbers,
+            }
+            for (entry, sandwich), numbers in zip(
+                joined.values(), table.to_dict("records"), strict=True
+            )
+        ]
+        picture = _picture(
+            partial(plots.sandwich_figure, table),
+            f"Certified and empirical accuracy over the attacked images. {words}.",
+            "What is known of the attacked images: the share that is right under every attack lies "
+            "between the numbers on the right, in percent. What is missing to the right of a bar "
+            "is wrong without a patch.",
+        )
+        groups.append({"kind": kind, "rows": rows, "picture": picture})
+    return groups
+
+
+def _unjoined(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the attack runs that no certify run on the page is about, and why."""
+    certify = [entry for entry in entries if entry["run"].kind != "attack"]
+    unjoined = []
+    for entry in entries:
+        if entry["run"].kind != "attack" or not certify:
+            continue
+        reasons = [differences(other["run"].result, entry["run"].result) for other in certify]
+        nearest = min(range(len(certify)), key=lambda place: len(reasons[place]))
+        if reasons[nearest]:
+            others = " and another ".join(reasons[nearest])
+            unjoined.append({"entry": entry, "nearest": certify[nearest], "others": others})
+    return unjoined
+
+
 def _accuracy_pictures(
-    runs: Sequence[Run], labels: Sequence[str], kind: Kind
+    runs: Sequence[Run], labels: Sequence[str], kind: RunKind
 ) -> list[dict[str, str]]:
     """Draw the accuracies of the runs of one kind, if there are any."""
     table = pd.DataFrame(
@@ -118,7 +208,7 @@ def _accuracy_pictures(
     if table.empty:
         return []
     caption = "Accuracies with 95% Wilson intervals."
-    if kind != "detection":
+    if kind in ("recovery", "probable"):
         caption += " The hollow squares show what the paper's criterion states."
     return [
         _picture(
@@ -171,7 +261,7 @@ def _trade_off_pictures(runs: Sequence[Run], labels: Sequence[str]) -> list[dict
     """
     groups: dict[str, list[tuple[Run, str]]] = {}
     for run, label in zip(runs, labels, strict=True):
-        if run.kind == "probable":
+        if run.kind not in ("recovery", "detection"):
             continue
         groups.setdefault(run.but_for_defense(), []).append((run, label))
     pictures = []
@@ -281,6 +371,39 @@ def _examples(run: Run) -> list[dict[str, Any]]:
             }
         )
     return examples
+
+
+def _attacked(run: Run) -> list[dict[str, Any]]:
+    """Return the attacked images to look at, successes and failures, each with its words."""
+    gallery = read_attacked(run.result.folder) if run.kind == "attack" else None
+    if gallery is None:
+        return []
+    rows = run.result.examples.set_index("index")
+    groups = []
+    for title, wanted in (("Patches that succeed", True), ("Patches that fail", False)):
+        pictures = []
+        for index, image, attacked, broken in zip(
+            gallery.index.tolist(), gallery.image, gallery.attacked, gallery.broken, strict=True
+        ):
+            if bool(broken) != wanted or index not in rows.index:
+                continue
+            row = rows.loc[index]
+            label, prediction = int(row["label"]), int(row["attacked_prediction"])
+            pictures.append(
+                {
+                    "index": index,
+                    "label": run.class_name(label),
+                    "prediction": run.class_name(prediction),
+                    "held": prediction in (label, ALERT),
+                    "target": run.class_name(int(row["target"])) if row["target"] >= 0 else "",
+                    "boxes": json.loads(row["regions"] or "[]"),
+                    "image": plots.data_uri(plots.png(_rgb(image))),
+                    "attacked": plots.data_uri(plots.png(_rgb(attacked))),
+                }
+            )
+        if pictures:
+            groups.append({"title": title, "pictures": pictures})
+    return groups
 
 
 def _mask_drawing(run: Run) -> dict[str, Any] | None:

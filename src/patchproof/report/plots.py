@@ -219,6 +219,91 @@ def trade_off_figure(table: pd.DataFrame, points: pd.DataFrame, ink: Ink = ON_LI
     return figure
 
 
+def sandwich_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
+    """Draw one bar a defense: the images that are certified, in the gap, and broken by a patch.
+
+    The upper end of the first part is the certified accuracy, that of the gap the accuracy under
+    attack: the true one lies between them. What is missing to the right is wrong without a patch.
+
+    Args:
+        table: of ``sandwich.sandwich_table``, of runs that promise the same.
+        ink: colours.
+    """
+    labels = [textwrap.fill(run, _LABEL_WIDTH) for run in table["run"]]
+    label_lines = 1 + max(label.count("\n") for label in labels)
+    lines = label_lines + 3.0
+    places = np.arange(len(table)) + (label_lines + 0.9) / lines
+    contradicted = table["certified_and_broken"] / table["count"]
+    certified = table["certified"] - contradicted
+    broken = (table["broken_images"] - table["certified_and_broken"]).clip(lower=0) / table["count"]
+    fine, bad = ink.series[0], ink.series[1]
+    parts: list[tuple[str, pd.Series[Any], dict[str, Any]]] = [
+        ("certified", certified, {"color": fine}),
+        ("certified and broken: a bug", contradicted, {"color": ink.text, "hatch": "xx"}),
+        ("gap", table["gap"], {"facecolor": "none", "edgecolor": fine, "hatch": "////"}),
+        ("broken by a patch", broken, {"color": bad}),
+    ]
+    with style(ink):
+        figure = Figure(figsize=(5.0, 0.9 + 0.24 * lines * len(table)), layout="constrained")
+        axes = figure.subplots()
+        left = pd.Series(0.0, index=table.index)
+        for name, width, look in parts:
+            if width.any():
+                axes.barh(places, width, 1.3 / lines, left, linewidth=0.8, label=name, **look)
+            left = left + width
+        for measure, below, face in (("certified", 1.0, ink.text), ("empirical", 1.5, ink.ground)):
+            ends = {end: table[f"{measure}_{end}"] for end in ("low", "high")}
+            axes.errorbar(
+                table[measure],
+                places + below / lines,
+                xerr=interval_bars(pd.DataFrame({"value": table[measure], **ends})),
+                fmt="o",
+                markersize=4,
+                markerfacecolor=face,
+                color=ink.text,
+                capsize=2,
+                linewidth=1.2,
+            )
+        for row, (place, label) in enumerate(zip(places, labels, strict=True)):
+            axes.annotate(
+                label,
+                (0, row + (label_lines + 0.1) / lines),
+                xytext=(2, 0),
+                textcoords="offset points",
+                va="bottom",
+                in_layout=False,
+            )
+            low, high = (100 * table[measure].iloc[row] for measure in ("certified", "empirical"))
+            axes.annotate(
+                f"{low:.1f} to {high:.1f}",
+                (1, place),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+                annotation_clip=False,
+            )
+        axes.set_yticks([])
+        axes.set_ylim(len(table), -0.1)
+        axes.set_xlim(0, 1)
+        axes.set_xticks(np.linspace(0, 1, 6))
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlabel(
+            "share of the attacked images\n"
+            "95% intervals of certified (filled) and empirical accuracy"
+        )
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+        figure.legend(
+            loc="outside upper center",
+            ncols=3 if not contradicted.any() else 2,
+            frameon=False,
+            handletextpad=0.5,
+            columnspacing=1.2,
+        )
+    return figure
+
+
 def heat(vulnerability: NDArray[Any]) -> NDArray[np.uint8]:
     """Return a vulnerability map (H, W) as colours (H, W, 4); 0 and 1 are the scale's ends."""
     colors = mpl.colormaps[COLORMAP](np.clip(vulnerability, 0.0, 1.0), bytes=True)

@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from patchproof.evaluation.store import Result
+from patchproof.evaluation.store import Result, RunKind, run_paper
 from patchproof.evaluation.summary import (
+    AttackSummary,
     DetectionSummary,
     ProbableSummary,
     Proportion,
     Summary,
 )
-from patchproof.results import ALERT, Kind, PatchproofError
+from patchproof.results import ALERT, PatchproofError
 from patchproof.threat import SparsePixels, Threat, threat_from_dict
 from patchproof.threat.masks import Mask, unlisted_masks
 
-MEASURES: dict[Kind, dict[str, str]] = {
+MEASURES: dict[RunKind, dict[str, str]] = {
     "recovery": {
         "certified": "The defense is right, and provably stays right whatever the patch shows.",
         "paper condition": "What the paper's criterion states; for comparison with published "
@@ -43,6 +44,14 @@ MEASURES: dict[Kind, dict[str, str]] = {
         "paper condition": "What the paper's criterion states; for comparison with published "
         "figures.",
         "clean": "One prediction of the defense is right on the clean image.",
+        "vanilla": "The undefended model is right on the clean image.",
+    },
+    "attack": {
+        "not broken": "The defense is right on the clean image, and right or alerts on the "
+        "attacked one: what holds against every patch is no more than this.",
+        "right under attack": "The defense is right on the attacked image; an alert is not.",
+        "hit target": "Of the images with a target, those that get it.",
+        "clean": "The defense is right on the clean image.",
         "vanilla": "The undefended model is right on the clean image.",
     },
 }
@@ -85,8 +94,8 @@ class Run:
         return dict(self.result.manifest["identity"])
 
     @property
-    def kind(self) -> Kind:
-        """What the certificates promise."""
+    def kind(self) -> RunKind:
+        """What the certificates promise, or that the run attacks."""
         return self.result.kind
 
     @property
@@ -98,6 +107,11 @@ class Run:
     def defense(self) -> dict[str, Any]:
         """The defense as JSON values."""
         return dict(self.identity["defense"])
+
+    @property
+    def attack(self) -> dict[str, Any]:
+        """The attack as JSON values; empty for a run that certifies."""
+        return dict(self.identity.get("attack", {}))
 
     @property
     def dataset(self) -> dict[str, Any]:
@@ -182,6 +196,8 @@ class Run:
             for name, word in _NUMBERS.items()
             if self.defense.get(name)
         ]
+        if self.kind == "attack":
+            parts[-1] += f" under {self.attack.get('name', 'attack')}"
         return ", ".join(parts)
 
     @property
@@ -203,6 +219,15 @@ class Run:
     def accuracies(self) -> dict[str, Proportion]:
         """Return the share of the images of each of ``MEASURES`` that the run has."""
         summary = self.result.summary
+        if isinstance(summary, AttackSummary):
+            attacked = {
+                "not broken": summary.robust_accuracy,
+                "right under attack": summary.attacked_accuracy,
+                "hit target": summary.hit_target,
+                "clean": summary.clean_accuracy,
+                "vanilla": summary.vanilla_accuracy,
+            }
+            return {measure: share for measure, share in attacked.items() if share is not None}
         if isinstance(summary, DetectionSummary):
             return {
                 "certified detection": summary.certified_detection_accuracy,
@@ -224,9 +249,9 @@ class Run:
 
     def caveat(self, measure: str) -> str:
         """Return what to bear in mind about one of the accuracies in a word, or nothing."""
-        summary = self.result.summary
-        paper = not isinstance(summary, DetectionSummary) and summary.paper == "unsound"
-        return "not sound" if paper and measure == "paper condition" else ""
+        if measure == "paper condition" and run_paper(self.result.manifest) == "unsound":
+            return "not sound"
+        return ""
 
     def certified_share(self) -> Proportion:
         """Return the share of the images with a certificate of the run's kind."""
@@ -255,6 +280,8 @@ class Run:
         """Return what was run on what, as terms and descriptions."""
         summary = self.result.summary
         facts = [("Threat", self.threat_words()), ("Defense", self._defense_words())]
+        if self.attack:
+            facts.append(("Attack", _settings(self.attack)))
         if self.masks:
             facts.append(("Mask set", self._mask_words()))
         facts.append(("Model", f"{self.model_name}, weights {str(self.model['digest'])[:12]}"))
@@ -272,7 +299,8 @@ class Run:
         facts.append(
             (
                 "Cost",
-                f"{summary.forwards_per_image:,.1f} model forwards per image"
+                f"{summary.forwards_per_image:,.1f} "
+                f"{'surrogate' if self.attack else 'model'} forwards per image"
                 + ("" if certified is None else f" ({certified:,.1f} per certified image)")
                 + (", bounds not counted" if self._is_of_bounds else "")
                 + f", {summary.images_per_second:,.1f} images/s",
@@ -402,6 +430,21 @@ class Run:
                 f"{times} mask{'' if times == 1 else 's'}"
             )
         return words
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    """Return JSON values in words: ``"pgd, steps 40, places (all, stride 2)"``."""
+    parts = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            parts.append(f"{name} ({_settings(value)})")
+        elif isinstance(value, list):
+            parts.append(f"{name} {' '.join(map(str, value))}")
+        elif name in ("name", "type", "kind"):
+            parts.insert(0, str(value))
+        elif value is not None:
+            parts.append(f"{name} {f'{value:g}' if isinstance(value, float) else value}")
+    return ", ".join(parts).replace("_", " ")
 
 
 def _pair(value: Any) -> tuple[int, int] | None:

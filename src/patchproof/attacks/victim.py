@@ -1,0 +1,83 @@
+"""What an attack is pointed at: a defense, any network, or any function that returns labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from patchproof.defenses.surrogate import NetworkScores
+from patchproof.precision import exact_inference
+from patchproof.results import PatchproofError
+
+
+class Attackable(Protocol):
+    """A defense of this library, as attacks see it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+
+    def predict(self, images: Tensor) -> Tensor:
+        """Return the labels, (N,) int64; ``ALERT`` where a patch is suspected."""
+
+    def surrogates(self) -> Mapping[str, nn.Module]:
+        """Return differentiable stand-ins by the name of what they aim at, the best first."""
+
+
+@dataclass(frozen=True)
+class Victim:
+    """What is attacked: labels that count, and scores that show the way.
+
+    Attributes:
+        predict: from images (N, C, H, W) float32 in [0, 1] to labels (N,) int64, ``ALERT`` (-1)
+            where a patch is suspected. It alone decides what a success is.
+        surrogates: by name, modules from images to scores (N, classes), differentiable in the
+            images for attacks that use gradients. Empty where labels are all that is known.
+        device: where images go.
+    """
+
+    predict: Callable[[Tensor], Tensor]
+    surrogates: Mapping[str, nn.Module] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @classmethod
+    def of_defense(cls, defense: Attackable) -> Victim:
+        """Attack a defense with all knowledge of it (an adaptive attack)."""
+        return cls(defense.predict, dict(defense.surrogates()), defense.device)
+
+    @classmethod
+    def of_model(cls, model: nn.Module, device: torch.device | None = None) -> Victim:
+        """Attack any classifier in eval mode: from images in [0, 1] to logits (N, classes)."""
+        place = torch.device("cpu") if device is None else device
+        scores = NetworkScores(model)
+
+        def predict(images: Tensor) -> Tensor:
+            with exact_inference(place):
+                labels: Tensor = scores(images.to(place)).argmax(1).cpu()
+            return labels.clone()  # an ordinary tensor, no longer of inference mode
+
+        return cls(predict, {"logits": scores}, place)
+
+    def unaware(self, of: Victim) -> Victim:
+        """Attack ``of`` in its place, for one that does not know of the defense."""
+        return Victim(of.predict, of.surrogates, self.device)
+
+    def aims(self, names: tuple[str, ...] | None) -> list[nn.Module]:
+        """Return the surrogates of these names, all of them for None.
+
+        Raises:
+            PatchproofError: a name that there is not, or no surrogate at all.
+        """
+        if not self.surrogates:
+            raise PatchproofError(
+                "victim: expected differentiable scores for this attack, got labels alone: take "
+                "an attack without gradients (square)"
+            )
+        for name in names or ():
+            if name not in self.surrogates:
+                raise PatchproofError(f"aim: expected {' or '.join(self.surrogates)}, got {name!r}")
+        return [self.surrogates[name] for name in names or self.surrogates]
