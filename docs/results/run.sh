@@ -2,7 +2,7 @@
 # Every run behind the tables of this folder. A run that was stopped goes on when called again.
 #   DATA=path/to/parquet/folders docs/results/run.sh NAME
 # NAME: mnist, cifar10, training, threats, location, detection, analyses, imagenette, patchguard,
-# patchguard-analyses, ibp, transformations or crops.
+# patchguard-analyses, ibp, transformations, crops, heuristics or sandwich.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 DATA=${DATA:?a folder with mnist, cifar10 and imagenette in Parquet}
@@ -238,6 +238,41 @@ PYTHON
     done
     $patchproof analyze crops --data "$DATA/cifar10" "${sizes[@]}" --count 1000 --patches 5 \
       --threads 1 --out "$OUT/crops-cifar10-sizes" --name sizes
+    ;;
+  sandwich)
+    # A certificate from below and an adaptive attack from above, of the same 400 images.
+    note="CIFAR-10 re-compressed as JPEG by its source: close to, but not, the original pixels"
+    strong=(--places trial --place-count 6 --stride 3 --restarts 2)
+    few=(--place-count 3) # of defenses that take many forwards
+    for run in ${RUNS:-mnist:5:interval-bounds:ibp-mlp-5x5-guided10 \
+      mnist:5:interval-bounds:ibp-conv2-5x5-random10 mnist:2:interval-bounds:ibp-conv2-2x2-random10 \
+      mnist:sparse=10:interval-bounds:ibp-mlp-sparse10-by-weights \
+      cifar10:5:interval-bounds:ibp-conv2-5x5-random10 \
+      cifar10:5:patchguard:bagnet7-masked2 cifar10:5:patchguard++:bagnet7-masked2 \
+      cifar10:5:bagcert:bagnet7-masked2 cifar10:2:clipped-bagnet:bagnet7-clipped \
+      cifar10:5:median:bagnet7-masked2 cifar10:5:trimmed-mean:bagnet7-masked2 \
+      cifar10:2:top-masking:bagnet7-masked2 mnist:5:derandomized-smoothing:band4 \
+      mnist:5:patchguard:band4 mnist:5:patchcleanser:greedy \
+      mnist:5:patchcleanser:greedy:--inference=challenger mnist:5:minority-reports:greedy \
+      mnist:2:randomized-cropping:crops7:--defense-option=mode=all-crops \
+      mnist:2:randomized-cropping:crops7:--defense-option=mode=fixed-crops \
+      mnist:2:randomized-cropping:crops7:--defense-option=mode=random-crops}; do
+      IFS=: read -r data patch defense network option <<< "$run"
+      patch=${patch/=/:}
+      case $defense in
+        patchguard | patchguard++ | bagcert | clipped-bagnet | median | trimmed-mean | top-masking | \
+          interval-bounds) attack=("${strong[@]}") ;;
+        *) attack=("${few[@]}") ;;
+      esac
+      if [[ $network == band* ]]; then attack=("${few[@]}"); fi
+      shared=(--data "$DATA/$data" --weights "zoo/$data-$network.safetensors" --patch "$patch")
+      shared+=(--defense "$defense" --count 400 --threads 1 ${option:+"${option%%=*}" "${option#*=}"})
+      if [ "$data" = cifar10 ]; then shared+=(--note "$note"); fi
+      name=$OUT/sandwich/$data-${patch//:/}-${defense//+/p}-$network${option:+-${option##*=}}
+      $patchproof certify "${shared[@]}" --gallery 0 --out "$name/certified"
+      $patchproof attack "${shared[@]}" "${attack[@]}" --attack-option steps=20 \
+        --attack-option step_size=0.25 --out "$name/attacked" --against "$name/certified"
+    done
     ;;
   transformations)
     # Randomized cropping, Table 4: a square of 5x5 stretched, turned by 45 degrees, and any of these.

@@ -47,11 +47,11 @@ ATTACKS: dict[str, PatchAttack] = {
     "lavan": LaVAN(places=TWO, steps=6, start="black-white"),
     "square": SquareSearch(places=TWO, steps=12, batch_size=7),
 }
-MODELS: dict[str, nn.Module] = {"linear": linear(), "convolutional": convolutional()}
-VICTIMS: dict[str, Callable[[nn.Module], Victim]] = {
-    "model": Victim.of_model,
-    "alerts": alarmed_by_white,
-    "labels": labels_alone,
+VICTIMS: dict[str, tuple[nn.Module, Callable[[nn.Module], Victim]]] = {
+    "linear": (linear(), Victim.of_model),
+    "convolutional": (convolutional(), Victim.of_model),
+    "alerts": (convolutional(), alarmed_by_white),
+    "labels": (linear(), labels_alone),
 }
 
 
@@ -89,12 +89,13 @@ def check(
 
 
 @pytest.mark.parametrize("kind", VICTIMS)
-@pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", THREATS)
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_attacks_keep_to_the_threat(attack: str, name: str, model: str, kind: str) -> None:
-    tested, victim, threat = ATTACKS[attack], VICTIMS[kind](MODELS[model]), THREATS[name]
-    images, labels = examples(6, MODELS[model])
+def test_attacks_keep_to_the_threat(attack: str, name: str, kind: str) -> None:
+    tested, threat = ATTACKS[attack], THREATS[name]
+    model, pointed_at = VICTIMS[kind]
+    victim = pointed_at(model)
+    images, labels = examples(4, model)
     if tested.needs_scores and kind == "labels":
         with pytest.raises(PatchproofError, match="got labels alone"):
             tested.run(victim, images, labels, threat=threat)
@@ -107,8 +108,10 @@ def test_attacks_keep_to_the_threat(attack: str, name: str, model: str, kind: st
 @pytest.mark.parametrize("kind", VICTIMS)
 @pytest.mark.parametrize("name", ["square", "in a box", "diamond", "two dots", "two squares"])
 def test_universal_patches_keep_to_the_threat(name: str, kind: str) -> None:
-    victim, threat = VICTIMS[kind](MODELS["linear"]), THREATS[name]
-    images, labels = examples(6, MODELS["linear"])
+    threat = THREATS[name]
+    model, pointed_at = VICTIMS[kind]
+    victim = pointed_at(model)
+    images, labels = examples(4, model)
     check(
         universal(threat).run(victim, images, labels, threat=threat), victim, images, labels, threat
     )
@@ -263,7 +266,7 @@ def test_an_image_is_attacked_the_same_in_any_company(attack: str, name: str) ->
 
     whole = run(64, list(range(12)))
     assert 0 < whole.broken.sum() < 10
-    for batch_size, rows in ((1, list(range(12))), (5, list(range(12))), (64, [7, 2, 9])):
+    for batch_size, rows in ((1, [6, 1, 8, 4]), (5, list(range(12))), (64, [7, 2, 9])):
         part = run(batch_size, rows)
         for field in ("prediction", "broken", "places", "inside", "tries"):
             assert torch.equal(getattr(part, field), getattr(whole, field)[rows]), field

@@ -23,6 +23,7 @@ from patchproof.cli.analyze_features import (
 from patchproof.cli.feature_bench import name_of
 from patchproof.evaluation import read_result
 from patchproof.evaluation.feature_recording import FeatureArchive
+from patchproof.models import TinyResNet
 from patchproof.results import PatchproofError
 from patchproof.threat import SquarePatch
 
@@ -102,7 +103,8 @@ def test_an_analysis_writes_tables_figures_and_how_they_were_made(
     folder = workplace / "out" / name
     files = {f"{name}.{kind}" for kind in ("csv", "md", "png", "svg")} | {"analysis.json"}
     if name == "local-logits":
-        files |= {"attack.csv", "attack.md"}
+        files |= {"attack.csv", "attack.md", "wrong.csv", "wrong.md"}
+        files |= {"large-logits.png", "large-logits.svg"}
     assert {path.name for path in folder.iterdir()} == files
     table = pd.read_csv(folder / f"{name}.csv")
     assert len(table) == ROWS[name]
@@ -139,6 +141,26 @@ def test_the_tables_agree_with_certify(patchproof: Patchproof, workplace: Path) 
     assert row["certified"] == pytest.approx(summary.certified_accuracy.value, rel=1e-5)
     assert row["certified_low"] == pytest.approx(summary.certified_accuracy.low, rel=1e-5)
     assert 0 < row["certified"] < row["clean"]
+
+
+@pytest.mark.usefixtures("sketchy")
+def test_local_logits_are_compared_of_networks_that_see_everything(
+    patchproof: Patchproof, workplace: Path
+) -> None:
+    network = TinyResNet(2, 1)
+    save_file(network.state_dict(), workplace / "tiny.safetensors")
+    model = f"--model tiny-resnet --weights tiny.safetensors {DATA}"
+    code, _, errors = patchproof(f"analyze {LINES['local-logits']} {model}")
+    assert code == 0
+    assert "no robust masking of tiny: expected features that each see a small part" in errors
+    folder = workplace / "out/local-logits"
+    clean, attacked = pd.read_csv(folder / "attack.csv").to_dict("records")
+    assert pd.isna(clean["clean"])
+    (wrong,) = pd.read_csv(folder / "wrong.csv").to_dict("records")
+    assert wrong["features"] == 16
+    assert wrong["wrong_global"] == pytest.approx(1 - attacked["vanilla"])
+    code, _, errors = patchproof(f"analyze {LINES['clipping']} {model}")
+    assert (code, "expected one with local_logits" in errors) == (2, True)
 
 
 @pytest.mark.usefixtures("sketchy")

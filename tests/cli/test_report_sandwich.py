@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
+
 from patchproof.evaluation import read_result
 from patchproof.evaluation.store import RunFolder, empty_row
 from patchproof.evaluation.summary import summarize_attack
@@ -49,6 +51,22 @@ def test_a_sandwich_succeeds(patchproof: Patchproof, workplace: Path) -> None:
     code, output, errors = patchproof("report run attack --out page.html")
     assert (code, output, errors) == (0, "Report: page.html\n", "")
     assert "Sandwich" in (workplace / "page.html").read_text()
+
+
+def test_the_sandwich_is_written_as_a_table_and_a_figure(
+    patchproof: Patchproof, workplace: Path
+) -> None:
+    assert patchproof(CERTIFY)[0] == 0
+    broken = write_attack(workplace / "run", workplace / "attack", breaks_certified=False)
+    assert patchproof("report run attack --out page.html --tables tables")[0] == 0
+    names = {f"sandwich-recovery.{kind}" for kind in ("csv", "md", "png", "svg")}
+    assert {path.name for path in (workplace / "tables").iterdir()} == names | {"analysis.json"}
+    (row,) = pd.read_csv(workplace / "tables/sandwich-recovery.csv").to_dict("records")
+    assert (row["count"], row["broken_images"], row["certified_and_broken"]) == (16, len(broken), 0)
+    code, _, errors = patchproof("report run --out other.html --tables tables")
+    assert code == 2
+    assert "expected an attack run on what a certify run certifies" in errors
+    assert not (workplace / "other.html").exists()
 
 
 def test_a_broken_certificate_ends_with_one_line_and_code_1(

@@ -1,4 +1,4 @@
-"""What defenses hand to attackers: it goes the way of ``predict``, with gradients inside a patch."""
+"""What defenses hand to attackers: it follows ``predict``, with gradients inside a patch."""
 
 from __future__ import annotations
 
@@ -67,9 +67,13 @@ CASES: dict[str, tuple[Callable[..., Any], Callable[[], nn.Module], dict[str, An
 }
 
 
-def defense_of(name: str) -> Any:
+def defense_of(name: str, *, tame: bool = False) -> Any:
     make, model, options = CASES[name]
-    return make(model().eval(), THREAT, image_size=SIZE, **options)
+    network = model().eval()
+    for part in network.modules():
+        if isinstance(part, Hostile) and tame:
+            part.strength = 0.0
+    return make(network, THREAT, image_size=SIZE, **options)
 
 
 def lead(scores: Tensor, labels: Tensor) -> Tensor:
@@ -118,11 +122,16 @@ def test_it_goes_the_way_of_predict(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_whoever_ascends_it_breaks_the_defense(name: str) -> None:
-    defense = defense_of(name)
+    defense = defense_of(name, tame=True)
     images = mild_images(40, seed=2)
     labels = defense.predict(images)
     images, labels = images[labels != ALERT], labels[labels != ALERT]
-    inside = torch.ones_like(INSIDE) if name == "interval bounds" else INSIDE
+
+    def broken(content: Tensor) -> float:
+        prediction = defense.predict(torch.where(INSIDE, content, images))
+        return float(((prediction != labels) & (prediction != ALERT)).float().mean())
+
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0))
     for surrogate in defense.surrogates().values():
         surrogate.redraw(0)
         attacked = images
@@ -130,10 +139,8 @@ def test_whoever_ascends_it_breaks_the_defense(name: str) -> None:
             attacked = attacked.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(lead(surrogate(attacked), labels).sum(), attacked)
             stepped = (attacked + 0.15 * gradient.sign()).clamp(0, 1)
-            attacked = torch.where(inside, stepped, images)
-        prediction = defense.predict(attacked.detach())
-        broken = (prediction != labels) & (prediction != ALERT)
-        assert broken.float().mean() > 0.15
+            attacked = torch.where(INSIDE, stepped, images)
+        assert broken(attacked.detach()) > broken(noise) + 0.2
 
 
 @pytest.mark.parametrize("name", ["double", "many masks", "pairs of bands", "random crops"])

@@ -18,10 +18,13 @@ from patchproof.cli.feature_defenses import FEATURE_DEFENSES
 from patchproof.defenses.over_features import Feature
 from patchproof.evaluation import feature_analyses as analyses
 from patchproof.evaluation.feature_analyses import Aggregator, Subject
+from patchproof.evaluation.feature_recording import FeatureArchive
 from patchproof.evaluation.local_attack import RandomPlaceAttack
+from patchproof.models import SmallResNet
 from patchproof.models.ablation import Ablation
 from patchproof.threat import MultiplePatches
 from patchproof.views import AblatedViews
+from patchproof.views.cells import CellViews
 
 PATCHES = [SquarePatch(1), SquarePatch(3)]
 COLUMNS = AblatedViews(Ablation("column", 2), SIZE)
@@ -258,6 +261,38 @@ def test_an_attack_shows_in_the_logits_of_the_malicious_class(subject: Subject) 
     assert attacked["wrong_features"] > clean["wrong_features"]
     highest = histogram[histogram["features"] > 0]["bin_high"].max()
     assert highest == pytest.approx(attacked["largest_malicious"])
+
+
+def test_wrong_local_predictions_are_counted_beside_wrong_global_ones(subject: Subject) -> None:
+    attack = RandomPlaceAttack(SquarePatch(3), steps=20)
+    made = analyses.attacked_logits([subject], attack, bins=2)
+    clean, attacked = rows(made.summary)
+    (row,) = rows(made.wrong)
+    assert (row["receptive_field"], row["features"], row["count"]) == ("2x2", 25, 24)
+    assert row["wrong_attacked"] == attacked["wrong_features"]
+    assert row["wrong_original"] == clean["wrong_features"]
+    assert row["wrong_more"] == pytest.approx(row["wrong_attacked"] - row["wrong_original"])
+    assert row["wrong_global"] == pytest.approx(1 - attacked["vanilla"])
+    assert row["wrong_global_low"] < row["wrong_global"] < row["wrong_global_high"]
+    assert row["wrong_global_original"] == pytest.approx(5 / 24)
+
+
+def test_a_network_that_sees_everything_has_no_masking(subject: Subject, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = SmallResNet(3, 1, (4, 4)).eval()
+    dataset = make_squares()
+    views = CellViews(network, SIZE, 1)
+    archive = FeatureArchive(tmp_path / "large", network, dataset, views)
+    large = Subject("large", views, lambda attack: archive.record(attack=attack), SIZE, TOLERANCE)
+    made = analyses.attacked_logits([large, subject], RandomPlaceAttack(PATCHES[1], 2), bins=3)
+    assert made.summary["clean"].isna().tolist() == [True, True, False, False]
+    assert made.wrong["features"].tolist() == [25, 25]
+    images, labels = data()
+    with torch.inference_mode():
+        wrong = network.cell_logits(images).argmax(1) != labels[:, None, None]
+    assert made.wrong["wrong_original"][0] == pytest.approx(float(wrong.float().mean()))
+    with pytest.raises(PatchproofError, match="features that each see a small part"):
+        analyses.robustness([(large, PATCHES[0])])
 
 
 def test_what_is_impossible_is_refused_before_anything_is_recorded(tmp_path: Path) -> None:

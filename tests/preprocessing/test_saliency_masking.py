@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -83,8 +84,9 @@ def small_network(classes: int = 3) -> nn.Sequential:
     return nn.Sequential(*layers).eval()
 
 
-def test_saliency_is_the_gradient_of_the_loss_of_the_own_class() -> None:
-    network = small_network()
+def test_without_relus_saliency_is_the_gradient_of_the_loss() -> None:
+    torch.manual_seed(3)
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(64, 3)).eval()
     images = torch.rand(5, 2, 6, 6, requires_grad=True)
     logits = network(images)
     loss = functional.cross_entropy(logits, logits.argmax(1), reduction="sum")
@@ -92,6 +94,49 @@ def test_saliency_is_the_gradient_of_the_loss_of_the_own_class() -> None:
     expected = gradient.abs().sum(1, keepdim=True)
     expected = expected / expected.amax((1, 2, 3), keepdim=True)
     torch.testing.assert_close(saliency(network, images.detach()), expected)
+
+
+class Activated(nn.Module):
+    """A small network with a ReLU that is written in one way or another."""
+
+    def __init__(self, activate: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, _, _, self.last = small_network()
+        self.activate = activate
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(self.activate(self.first(images)).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "activate",
+    [torch.relu, Tensor.relu, functional.relu, nn.ReLU(), nn.ReLU(inplace=True)],
+)
+def test_relus_pass_on_what_speaks_for_the_answer(activate: Callable[[Tensor], Tensor]) -> None:
+    images = torch.rand(5, 2, 6, 6)
+    first, _, _, last = small_network()
+    assert isinstance(first, nn.Conv2d)
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        features = first(images)
+        logits = last(features.relu().flatten(1))
+        own = functional.one_hot(logits.argmax(1), 3)
+        others = logits.masked_fill(own > 0, -torch.inf).softmax(1)
+        arriving = ((own - others) @ last.weight).view_as(features)
+        guided = arriving.clamp(min=0) * (features > 0)
+        expected = functional.conv_transpose2d(guided, first.weight).abs().sum(1, keepdim=True)
+        expected = expected / expected.amax((1, 2, 3), keepdim=True)
+    assert (arriving < 0)[features > 0].any()
+    torch.testing.assert_close(saliency(Activated(activate), images), expected)
+
+
+def test_relus_are_as_before_afterwards() -> None:
+    images = torch.rand(2, 2, 6, 6, requires_grad=True)
+    network = small_network()
+    (before,) = torch.autograd.grad(network(images)[:, 0].sum(), images)
+    saliency(network, images.detach())
+    (after,) = torch.autograd.grad(network(images)[:, 0].sum(), images)
+    assert torch.equal(before, after)
 
 
 def test_saliency_does_not_vanish_where_the_network_is_certain() -> None:

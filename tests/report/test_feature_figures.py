@@ -154,21 +154,43 @@ def test_windows_have_a_panel_a_measure() -> None:
     assert [shown(axes)[0] for axes in panels] == [[0.8, 0.8], [0.3, 0.3], [0.0, 0.2]]
 
 
-def test_logits_of_clean_and_attacked_images_share_their_axes() -> None:
-    made = pd.DataFrame(
+def local_logits(*models: str, first: int = 0) -> pd.DataFrame:
+    """Return histograms with two bins, the first from ``first`` on."""
+    return pd.DataFrame(
         {
-            "model": "a",
+            "model": model,
             "image": image,
             "evidence": evidence,
-            "bin_low": float(place),
-            "bin_high": place + 1.0,
+            "bin_low": float(first + place),
+            "bin_high": first + place + 1.0,
             "features": features,
         }
+        for model in models
         for image, counts in (("clean", (3, 0)), ("attacked", (3, 7)))
         for evidence in ("true class", "malicious class")
         for place, features in enumerate(counts)
     )
-    left, right = figures.local_logit_figure(made).axes
+
+
+def test_large_logits_of_attacked_images_are_shares_of_their_features() -> None:
+    left, right = figures.large_logit_figure(local_logits("a", "b", first=-1)).axes
+    assert (left.get_title(), right.get_title()) == ("a", "b")
+    outlines = [patch for patch in left.patches if not patch.get_fill()]
+    assert [list(patch.get_data().values) for patch in outlines] == [[0.7], [0.7]]
+    assert list(outlines[0].get_data().edges) == [0, 1]
+
+
+def test_no_bar_of_any_network_is_cut_off() -> None:
+    made = local_logits("few", "many")
+    made.loc[made["model"] == "many", "features"] *= 1000
+    for axes, highest in zip(
+        figures.local_logit_figure(made).axes, (7, 7, 7000, 7000), strict=True
+    ):
+        assert highest <= axes.get_ylim()[1] < 2 * highest
+
+
+def test_logits_of_clean_and_attacked_images_share_their_axes() -> None:
+    left, right = figures.local_logit_figure(local_logits("a")).axes
     assert (left.get_title(), right.get_title()) == ("clean images", "attacked images")
     assert left.get_ylim() == right.get_ylim()
     assert left.get_xlim() == right.get_xlim()

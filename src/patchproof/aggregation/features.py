@@ -80,15 +80,19 @@ class FeatureAggregation(ABC):
 
         It has gradients in all scores, see ``Evidence.soft``.
         """
-        return self.combine(self.evidence.soft(scores)) / scores.shape[1]
+        return self._ascended(self.evidence.soft(scores)) / scores.shape[1]
 
     def exact_scores(self, scores: Tensor) -> Tensor:
         """Return ``class_scores`` by the number of views with the gradients of soft evidence."""
-        return self.combine(self.evidence.straight_through(scores)) / scores.shape[1]
+        return self._ascended(self.evidence.straight_through(scores)) / scores.shape[1]
 
     @abstractmethod
     def combine(self, values: Tensor) -> Tensor:
         """Return the score of each class, (N, C) float64, of evidence (N, V, C) float64."""
+
+    def _ascended(self, values: Tensor) -> Tensor:
+        """Return ``combine`` of evidence with the gradients that attackers ascend, (N, C)."""
+        return self.combine(values)
 
     @abstractmethod
     def bounds(self, outputs: Outputs, labels: Tensor, patterns: Tensor) -> tuple[Tensor, Tensor]:

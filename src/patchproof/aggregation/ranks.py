@@ -59,21 +59,16 @@ class RankSum(FeatureAggregation):
         ordered = values.sort(dim=1).values
         return ordered[:, self.first : self.last + 1].sum(1)
 
-    def soft_scores(self, scores: Tensor) -> Tensor:
-        """Return the same of soft evidence, (N, C), with gradients in near ranks, too.
+    def _ascended(self, values: Tensor) -> Tensor:
+        """Return the sums with gradients in other ranks, too, the nearer the more.
 
-        A view of another rank counts in the gradients by how near it is to those that are summed:
-        of the median the gradients of one view alone would leave the others where they are.
-
-        Args:
-            scores: (N, V, C), finite.
+        The gradients of the median alone would move one view of all that a patch can move.
         """
-        values = self.evidence.soft(scores)
         rank = torch.arange(self.views, dtype=torch.float64)
         beyond = torch.maximum(self.first - rank, rank - self.last).clamp(min=0)
         near = 1.0 - beyond / (_NEAR_RANKS * self.views + 1.0)
         weighted = values.sort(dim=1).values * near.clamp(min=0)[:, None]
-        return with_gradients(self.combine(values), weighted.sum(1)) / self.views
+        return with_gradients(self.combine(values), weighted.sum(1))
 
     def bounds(self, outputs: Outputs, labels: Tensor, patterns: Tensor) -> tuple[Tensor, Tensor]:
         """Return the least score of the label, (N, P), and the most of every class, (N, P, C)."""

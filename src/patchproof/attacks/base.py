@@ -165,6 +165,8 @@ class PatchAttack(ABC):
     """What the attack is called, in tables and on the command line."""
     needs_scores: ClassVar[bool] = True
     """Whether it needs scores of a surrogate, or can do with labels."""
+    optimises: ClassVar[bool] = True
+    """Whether it looks for contents, to which there is another try with each aim."""
 
     def __post_init__(self) -> None:
         if self.loss not in (known := get_args(Loss)):
@@ -235,8 +237,10 @@ class PatchAttack(ABC):
             [_seed(self.seed, number) for number in numbers.tolist()], dtype=torch.int64
         )
         aims: list[nn.Module | None] = [None]
-        if self.needs_scores or victim.surrogates:
+        if self.needs_scores or victim.surrogates or self.aims:
             aims = [*victim.aims(self.aims)]
+        if not self.optimises:
+            aims = aims[:1]
         clean = victim.predict(images).cpu()
         found = _Found.start(images, clean, threat)
         waiting = (clean == labels).nonzero().squeeze(1)

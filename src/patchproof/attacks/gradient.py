@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -69,8 +70,7 @@ class GradientAttack(PatchAttack):
         factor = {
             "constant": 1.0,
             "linear": 1.0 - (1.0 - _LAST) * done,
-            "cosine": _LAST
-            + (1.0 - _LAST) * (1.0 + float(torch.tensor(torch.pi * done).cos())) / 2,
+            "cosine": _LAST + (1.0 - _LAST) * (1.0 + math.cos(math.pi * done)) / 2,
             "halving": 0.5 ** int(_HALVINGS * done),
         }
         return self.step_size * factor[self.schedule]
@@ -125,7 +125,7 @@ def ascend(
     left = problem
     for step in range(steps + 1):
         given = content.detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.set_grad_enabled(step < steps):
             images = left.paste(given)
             found = scores(images)
             objective = left.objective(found.detach())
@@ -136,7 +136,7 @@ def ascend(
         if loss is None:
             break
         (slope,) = torch.autograd.grad(loss, given)
-        slope = torch.where(left.inside, slope.nan_to_num(), 0.0)
+        slope = slope.nan_to_num_()
         if momentum:
             scale = slope.abs().sum((1, 2, 3), keepdim=True).clamp_min(1e-12)
             velocity = momentum * velocity + slope / scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -61,11 +62,15 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
             said = str(picture.info.get(_KEY, ""))
     except (OSError, UnidentifiedImageError) as error:
         raise PatchproofError(f"patch image: expected a picture, got {path}: {error}") from error
-    if said:
-        height, width = map(int, said.split("x"))
-        each = pixels.shape[0] // height, pixels.shape[1] // width
-        pixels = pixels[each[0] // 2 :: each[0], each[1] // 2 :: each[1]]
-    return pixels.copy()
+    patch = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", said)
+    if patch is None:
+        return pixels.copy()
+    rows, columns = (
+        (np.arange(count) + 0.5) * length // count
+        for count, length in zip(map(int, patch.groups()), pixels.shape[:2], strict=True)
+    )
+    pixels = pixels[rows.astype(int)[:, None], columns.astype(int)]
+    return pixels
 
 
 def _png(picture: NDArray[np.uint8], patch: tuple[int, int], width_cm: float) -> bytes:

@@ -126,6 +126,8 @@ class PrintablePatch:
 class UniversalAttack(PatchAttack):
     """Pastes one patch into every image, at each place that ``places`` chooses.
 
+    The first aim alone takes part, for its scores.
+
     Attributes:
         patch: what is pasted, of the size of the threat's patch; several patches show the same.
     """
@@ -134,6 +136,7 @@ class UniversalAttack(PatchAttack):
 
     name: ClassVar[str] = "universal"
     needs_scores: ClassVar[bool] = False
+    optimises: ClassVar[bool] = False
 
     def optimise(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Paste the patch."""

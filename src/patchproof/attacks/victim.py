@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from patchproof.defenses.surrogate import NetworkScores
 from patchproof.precision import exact_inference
-from patchproof.results import PatchproofError
+from patchproof.results import Kind, PatchproofError
+
+_REPEATS = 101
+"""Predictions that are drawn to see which label is the most frequent."""
 
 
 class Attackable(Protocol):
@@ -26,6 +29,21 @@ class Attackable(Protocol):
 
     def surrogates(self) -> Mapping[str, nn.Module]:
         """Return differentiable stand-ins by the name of what they aim at, the best first."""
+
+
+@runtime_checkable
+class DrawsPredictions(Protocol):
+    """A defense whose predictions may be drawn anew each time."""
+
+    kind: Kind
+
+    def repeated_predictions(self, images: Tensor, repeats: int) -> Tensor:
+        """Return what so many predictions of each image are, (N, repeats) int64."""
+
+
+def draws_predictions(defense: object) -> TypeGuard[DrawsPredictions]:
+    """Tell whether a defense may answer the same image in several ways."""
+    return isinstance(defense, DrawsPredictions) and defense.kind == "probable"
 
 
 @dataclass(frozen=True)
@@ -46,8 +64,18 @@ class Victim:
 
     @classmethod
     def of_defense(cls, defense: Attackable) -> Victim:
-        """Attack a defense with all knowledge of it (an adaptive attack)."""
-        return cls(defense.predict, dict(defense.surrogates()), defense.device)
+        """Attack a defense with all knowledge of it (an adaptive attack).
+
+        Of one that draws its predictions, the label that it returns most often counts.
+        """
+        predict = defense.predict
+        if draws_predictions(defense):
+            drawing = defense
+
+            def predict(images: Tensor) -> Tensor:
+                return drawing.repeated_predictions(images, _REPEATS).mode(1).values
+
+        return cls(predict, dict(defense.surrogates()), defense.device)
 
     @classmethod
     def of_model(cls, model: nn.Module, device: torch.device | None = None) -> Victim:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast, get_args
 import typer
 
 from patchproof.cli import options as opt
-from patchproof.cli.feature_bench import FeatureBench, on_feature_bench
+from patchproof.cli.feature_bench import FeatureBench, on_feature_bench, on_local_bench
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -364,7 +364,7 @@ def top_k(
     )
 
 
-@on_feature_bench
+@on_local_bench
 def local_logits(
     bench: FeatureBench,
     patch: Annotated[
@@ -392,30 +392,41 @@ def local_logits(
         int, typer.Option(min=2, help="Bars of the histogram.", rich_help_panel=_SETUPS)
     ] = 60,
 ) -> None:
-    """What a patch does to local logits: histograms of the true and malicious class (Figure 3).
+    """What a patch does to local logits: wrong ones, and how large they get (Table 2, Figure 3).
 
     A gradient attack on the undefended model puts one patch at a random place of every image. It
-    runs the model and its gradient --steps times an image: take --count.
+    runs the model and its gradient --steps times an image: take --count. Networks whose features
+    see much of the image, such as small-resnet, may stand beside those with small ones.
     """
     from patchproof.evaluation import feature_analyses as analyses
     from patchproof.evaluation.local_attack import RandomPlaceAttack
-    from patchproof.report.feature_figures import local_logit_figure
+    from patchproof.report.feature_figures import large_logit_figure, local_logit_figure
 
     threat = opt.parse_threat(patch, None, "anywhere", bench.image_size)
     attack = RandomPlaceAttack(threat, steps, step_size, attack_seed)
-    _report(analyses.possible(bench.subjects(), [threat])[1])
+    for subject in bench.subjects():
+        if refusal := subject.without_masking(threat):
+            typer.echo(f"patchproof: no robust masking of {subject.name}: {refusal}", err=True)
 
     def tables(subjects: list[Subject]) -> dict[str, pd.DataFrame]:
         made = analyses.attacked_logits(subjects, attack, bins)
-        return {"local-logits": made.histogram, "attack": made.summary}
+        return {
+            "local-logits": made.histogram,
+            "attack": made.summary,
+            "wrong": made.wrong,
+        }
 
-    shown = ("model", "image", "vanilla", "clean", "wrong_features", "largest_true")
+    shown = ("model", "image", "vanilla", "clean", "largest_true", "largest_malicious")
+    wrong = ("wrong_attacked", "wrong_original", "wrong_more", "wrong_global")
     bench.run(
         "local-logits",
         {"attack": attack.to_dict(), "bins": bins},
         tables,
-        lambda tables: {"local-logits": local_logit_figure(tables["local-logits"])},
-        {"attack": (*shown, "largest_malicious")},
+        lambda tables: {
+            "local-logits": local_logit_figure(tables["local-logits"]),
+            "large-logits": large_logit_figure(tables["local-logits"]),
+        },
+        {"attack": shown, "wrong": ("model", "receptive_field", "features", *wrong)},
         attack,
     )
 

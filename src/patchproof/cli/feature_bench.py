@@ -32,8 +32,12 @@ if TYPE_CHECKING:
     from patchproof.cli.building import Classifier
     from patchproof.defenses.over_features import FeatureViews
     from patchproof.evaluation.feature_analyses import Subject
-    from patchproof.evaluation.feature_recording import Attack, FeatureArchive, FeatureRecording
-    from patchproof.evaluation.feature_recording import RecordedViews
+    from patchproof.evaluation.feature_recording import (
+        Attack,
+        FeatureArchive,
+        FeatureRecording,
+        RecordedViews,
+    )
     from patchproof.views.cells import CellViews
 
     Tables = dict[str, pd.DataFrame]
@@ -221,6 +225,11 @@ def on_feature_bench(analysis: Callable[..., None]) -> Callable[..., None]:
     return make_command(analysis, open_feature_bench, options_of(open_feature_bench))
 
 
+def on_local_bench(analysis: Callable[..., None]) -> Callable[..., None]:
+    """Do what ``on_feature_bench`` does, and let in networks with large receptive fields."""
+    return make_command(analysis, open_local_bench, options_of(open_local_bench))
+
+
 def options_of(opened: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """Return the options of ``open_bench``, changed and joined by a function's own."""
     own = inspect.signature(opened, eval_str=True).parameters
@@ -239,26 +248,23 @@ def open_feature_bench(
     Raises:
         PatchproofError: two classifiers of the same name, or one without small views.
     """
-    from patchproof.defenses.over_features import choose_views
-
-    kept = None if ablation is None else opt.parse_ablation("--ablation", ablation)
-    bench, classifiers = open_classifiers(weights, **shared)
-    views = {
-        name: choose_views(one.model, bench.image_size, kept, fill=bench.fill)
-        for name, one in classifiers.items()
-    }
-    return FeatureBench(bench, classifiers, views)
+    return _open(weights, ablation, large=False, **shared)
 
 
 def open_local_bench(
     weights: ManyWeights = None, ablation: AblationOption = None, **shared: Any
 ) -> FeatureBench:
-    """Do what ``open_feature_bench`` does; networks with large receptive fields are let in.
+    """Do what ``open_feature_bench`` does, and let in networks with large receptive fields.
 
     Raises:
-        PatchproofError: two classifiers of the same name, or one of whose features nothing is
-            known.
+        PatchproofError: two classifiers of the same name, or one without features.
     """
+    return _open(weights, ablation, large=True, **shared)
+
+
+def _open(
+    weights: list[Path] | None, ablation: str | None, *, large: bool, **shared: Any
+) -> FeatureBench:
     from patchproof.defenses.over_features import choose_views
     from patchproof.views.cells import CellViews
 
@@ -266,7 +272,8 @@ def open_local_bench(
     bench, classifiers = open_classifiers(weights, **shared)
     views: dict[str, FeatureViews | CellViews] = {}
     for name, one in classifiers.items():
-        if kept is None and hasattr(one.model, "cell_logits"):
+        small = kept is not None or hasattr(one.model, "ablation")
+        if large and not small and hasattr(one.model, "cell_logits"):
             views[name] = CellViews(one.model, bench.image_size, bench.dataset.channels)
         else:
             views[name] = choose_views(one.model, bench.image_size, kept, fill=bench.fill)

@@ -18,6 +18,13 @@ def report(
     out: Annotated[
         Path, typer.Option(help="The HTML file to write; one that exists is replaced.")
     ] = Path("report.html"),
+    tables: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for certificates and attacks joined, as tables (CSV, Markdown) and "
+            "figures (PNG, SVG)."
+        ),
+    ] = None,
 ) -> None:
     """Make one self-contained HTML page from results folders.
 
@@ -30,4 +37,4 @@ def report(
     """
     from patchproof.report import write_report
 
-    typer.echo(f"Report: {write_report(results, out)}")
+    typer.echo(f"Report: {write_report(results, out, tables)}")

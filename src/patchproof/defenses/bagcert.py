@@ -11,7 +11,7 @@ from patchproof.defenses.over_features import OverFeatures
 from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
 from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDefense
-from patchproof.defenses.view_scores import ViewScores
+from patchproof.defenses.view_scores import evidence_scores
 from patchproof.models.ablation import Ablation
 from patchproof.results import PatchproofError
 from patchproof.threat import Threat
@@ -82,8 +82,4 @@ class BagCert(OverFeatures, ViewDefense):
 
     def surrogates(self) -> dict[str, Surrogate]:
         """Return differentiable stand-ins for attackers by what they aim at, the best first."""
-        model, views, how = self.model, self.views, self.aggregation
-        return {
-            "soft-votes": ViewScores(model, views, how.soft_scores),
-            "votes": ViewScores(model, views, how.exact_scores, exact=True),
-        }
+        return evidence_scores(self.model, self.views, self.aggregation)

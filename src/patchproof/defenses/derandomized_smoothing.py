@@ -9,7 +9,7 @@ from patchproof.defenses.over_features import OverFeatures
 from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
 from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDefense
-from patchproof.defenses.view_scores import ViewScores
+from patchproof.defenses.view_scores import evidence_scores
 from patchproof.models.ablation import Ablation
 from patchproof.threat import Threat
 from patchproof.threat.regions import ImageSize
@@ -78,8 +78,4 @@ class DerandomizedSmoothing(OverFeatures, ViewDefense):
 
     def surrogates(self) -> dict[str, Surrogate]:
         """Return differentiable stand-ins for attackers by what they aim at, the best first."""
-        model, views, how = self.model, self.views, self.aggregation
-        return {
-            "soft-votes": ViewScores(model, views, how.soft_scores),
-            "votes": ViewScores(model, views, how.exact_scores, exact=True),
-        }
+        return evidence_scores(self.model, self.views, self.aggregation)

@@ -19,9 +19,10 @@ class DigitalWatermarking(PreprocessedDefense):
     as if it were not there finds patches that are not masked, or work all the same (Chiang et al.,
     2020, Section 3). It always masks something, so it loses clean accuracy as well.
 
-    ``predict`` takes the gradient of the network, so it needs a model that has one; two forwards
-    are counted, and the backward pass is not. Where two regions are about equally salient, which
-    one is masked may depend on rounding, and with it on the batch and the device.
+    ``predict`` takes the gradient of the network, so it needs a model that has one, and finds
+    patches best where its activations are ReLUs (``preprocessing/guided.py``); two forwards are
+    counted, and the backward pass is not. Where two regions are about equally salient, which one is
+    masked may depend on rounding, and with it on the batch and the device.
 
     Args:
         model: from float32 images (N, C, H, W) in [0, 1] to logits (N, classes), in eval mode.

@@ -311,6 +311,30 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         case = torch.full_like(label, int(Case.MAJORITY))
         return Prediction(label, case, torch.cat(forwards))
 
+    def repeated_predictions(self, images: Tensor, repeats: int) -> Tensor:
+        """Return what so many predictions of each image are, (N, repeats) int64.
+
+        They are as independent as those of ``predict``, but every place is classified only once.
+        The draws follow ``generator``, or ``seed`` where that is None.
+
+        Args:
+            images: (N, C, H, W) float32 in [0, 1].
+            repeats: from 1.
+        """
+        check_images(images, self.image_size)
+        check_model(self.model)
+        generator = np.random.default_rng(self.seed) if self.generator is None else self.generator
+        predictions = [torch.empty(0, repeats, dtype=torch.int64)]
+        for batch in torch.split(images, self._images_at_once) if len(images) else ():
+            every = torch.arange(self.places.count).expand(len(batch), -1)
+            found = self.crop_labels(batch.to(self.device), every)
+            for labels in found.labels:
+                drawn = self.fixed.expand(repeats, -1)
+                if self.mode == "random-crops":
+                    drawn = self.places.draw(repeats, self.crops, self.replacement, generator)
+                predictions.append(majority(labels[drawn], found.classes)[None])
+        return torch.cat(predictions)
+
     def crop_labels(self, images: Tensor, places: Tensor) -> CropLabels:
         """Classify crops of images.
 

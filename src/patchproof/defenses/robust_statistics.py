@@ -17,7 +17,7 @@ from patchproof.defenses.over_features import (
 from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
 from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDefense
-from patchproof.defenses.view_scores import ViewScores
+from patchproof.defenses.view_scores import evidence_scores
 from patchproof.models.ablation import Ablation
 from patchproof.results import PatchproofError
 from patchproof.threat import Threat
@@ -110,11 +110,7 @@ class RobustStatistics(OverFeatures, ViewDefense):
 
     def surrogates(self) -> dict[str, Surrogate]:
         """Return differentiable stand-ins for attackers by what they aim at, the best first."""
-        model, views, how = self.model, self.views, self.aggregation
-        return {
-            "soft-evidence": ViewScores(model, views, how.soft_scores, forwards=None),
-            "evidence": ViewScores(model, views, how.exact_scores, forwards=None, exact=True),
-        }
+        return evidence_scores(self.model, self.views, self.aggregation, forwards=None)
 
     def describe(self) -> str:
         """Say how many views there are, what each sees, and how many are left out."""

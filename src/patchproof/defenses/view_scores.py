@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from patchproof.aggregation import ConfidentVotes, FeatureAggregation, Prediction
 from patchproof.aggregation.soft import expected_votes, lead, masked_twice
 from patchproof.defenses.surrogate import Surrogate
 from patchproof.views import MaskPairViews, Views
@@ -76,6 +77,28 @@ class ViewScores(Surrogate):
         repeated = images if number == 1 else images.repeat_interleave(number, 0)
         scores = self.views.evaluate(self.model, repeated, forwards.flatten().to(images.device))
         return scores.view(len(images), -1, scores.shape[2]).cpu()
+
+
+def evidence_scores(
+    model: nn.Module,
+    views: Views,
+    aggregation: FeatureAggregation,
+    *,
+    forwards: int | None = DEFAULT_FORWARDS,
+) -> dict[str, Surrogate]:
+    """Return surrogates of a defense by the evidence of its views: soft votes before hard ones.
+
+    Args:
+        model: what scores the views, in eval mode.
+        views: of the image.
+        aggregation: of their evidence.
+        forwards: the most in one call; None for all of them, which what ranks the views needs.
+    """
+    exact = ViewScores(model, views, aggregation.exact_scores, forwards=forwards, exact=True)
+    if not isinstance(aggregation.evidence, (Prediction, ConfidentVotes)):
+        return {"soft-evidence": exact}
+    soft = ViewScores(model, views, aggregation.soft_scores, forwards=forwards)
+    return {"soft-votes": soft, "votes": exact}
 
 
 class TwoMaskScores(ViewScores):

@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from patchproof.attacks import AttackResult, PatchAttack, Victim
-from patchproof.attacks.victim import Attackable
+from patchproof.attacks.victim import Attackable, draws_predictions
 from patchproof.datasets import CorruptImageError, ImageDataset
 from patchproof.evaluation.certifier import Described
 from patchproof.evaluation.provenance import check_fit, how_made, identity, logits
@@ -45,14 +45,6 @@ _log = logging.getLogger(__name__)
 
 class AttackedDefense(Described, Attackable, Protocol):
     """A defense of this library, certified or not."""
-
-
-@runtime_checkable
-class DrawsPredictions(Protocol):
-    """A defense whose predictions are drawn anew each time."""
-
-    def right_shares(self, images: Tensor, labels: Tensor, repeats: int) -> Tensor:
-        """Return which share of so many predictions of each image is right, (N,) float64."""
 
 
 @dataclass(frozen=True)
@@ -129,13 +121,20 @@ def attack_dataset(
     classes = logits(defense, torch.zeros(1, dataset.channels, *dataset.image_size)).shape[1]
     if target is not None and not 0 <= target < classes:
         raise PatchproofError(f"target: expected a class from 0 to {classes - 1}, got {target}")
-    shared = identity(defense, dataset, spec)
-    repeats = REPEATS if isinstance(defense, DrawsPredictions) else 1
+    if knowledge == "defense":
+        victim = Victim.of_defense(defense)
+    else:
+        # To stop at the first success would leave patches that any change undoes.
+        undefended = Victim.of_model(defense.model, defense.device)
+        victim = Victim(undefended.predict, {"logits": defense.model}, defense.device)
+    if attack.needs_scores or attack.aims is not None:
+        victim.aims(attack.aims)
+    repeats = REPEATS if draws_predictions(defense) else 1
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "identity": {
             "kind": "attack",
-            **shared,
+            **identity(defense, dataset, spec),
             "attack": {
                 **attack.to_dict(),
                 "knowledge": knowledge,
@@ -146,7 +145,7 @@ def attack_dataset(
         "about": {**how_made(defense, dataset), **dict(about or {})},
     }
     with RunFolder.open(Path(out), manifest) as folder:
-        run = _Run(folder, defense, dataset, attack, knowledge, target, repeats, gallery, progress)
+        run = _Run(folder, defense, dataset, victim, attack, target, repeats, gallery, progress)
         for start in range(0, len(dataset), BLOCK):
             run.attack_block(range(start, min(start + BLOCK, len(dataset))))
         examples, timing = folder.tables()
@@ -165,8 +164,8 @@ class _Run:
         folder: RunFolder,
         defense: AttackedDefense,
         dataset: ImageDataset,
+        victim: Victim,
         attack: PatchAttack,
-        knowledge: Knowledge,
         target: int | None,
         repeats: int,
         gallery: int,
@@ -180,13 +179,9 @@ class _Run:
         self._repeats = repeats
         self._gallery = gallery
         self._progress = progress
-        self._victim = (
-            Victim.of_defense(defense)
-            if knowledge == "defense"
-            else Victim.of_model(defense.model, defense.device)
-        )
+        self._victim = victim
         self._forwards = 0
-        for surrogate in self._victim.surrogates.values():
+        for surrogate in victim.surrogates.values():
             surrogate.register_forward_pre_hook(self._count)
         examples, _ = folder.tables()
         self._finished = set(examples["index"].tolist())
@@ -272,9 +267,10 @@ class _Run:
         return [rows[place] for place in sorted(rows)]
 
     def _right_shares(self, images: Tensor, labels: Tensor, predictions: Tensor) -> Tensor:
-        if isinstance(self._defense, DrawsPredictions):
-            return self._defense.right_shares(images, labels, self._repeats)
-        return (predictions == labels).double()
+        if not draws_predictions(self._defense):
+            return (predictions == labels).double()
+        drawn = self._defense.repeated_predictions(images, self._repeats)
+        return (drawn == labels[:, None]).double().mean(1)
 
     def _boxes(self, result: AttackResult) -> list[list[list[int]]]:
         """Return the boxes (top, left, height, width) around each image's patches or pixels."""

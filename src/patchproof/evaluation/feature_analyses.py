@@ -99,8 +99,7 @@ class Subject:
         """
         if isinstance(self.views, CellViews):
             raise PatchproofError(
-                f"{self.name}: expected features that each see a small part of the image, got "
-                f"{self.sees} pixels"
+                f"expected features that each see a small part of the image, got {self.sees} pixels"
             )
         return self.views
 
@@ -136,6 +135,14 @@ class Subject:
             windows, evidence, threshold=threshold, tolerance=self.tolerance
         )
         return Trial(aggregation, corruption.patterns, top)
+
+    def without_masking(self, threat: Threat) -> str:
+        """Say why there is no robust masking against a patch; nothing where there is."""
+        try:
+            self.masking(threat)
+        except PatchproofError as error:
+            return str(error)
+        return ""
 
     def trial(self, name: Aggregator, threat: Threat, feature: Feature | None = None) -> Trial:
         """Return a defense over these views as its class builds it by default.
@@ -562,7 +569,8 @@ def attacked_logits(
     """
     histograms, summaries, wrong = [], [], []
     for subject in subjects:
-        trial = _masking_or_none(subject, attack.threat)
+        possible = not subject.without_masking(attack.threat)
+        trial = subject.masking(attack.threat) if possible else None
         attacked = subject.record(attack)
         malicious: dict[int, int] = {}
         for part in attacked.parts():
@@ -595,13 +603,6 @@ def attacked_logits(
     return AttackedLogits(
         pd.concat(histograms, ignore_index=True), pd.DataFrame(summaries), pd.DataFrame(wrong)
     )
-
-
-def _masking_or_none(subject: Subject, threat: Threat) -> Trial | None:
-    try:
-        return subject.masking(threat)
-    except PatchproofError:
-        return None
 
 
 def _wrong(subject: Subject, attacked: Row, clean: Row) -> Row:

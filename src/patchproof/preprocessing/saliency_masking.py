@@ -6,21 +6,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchproof.preprocessing.guided import GuidedReLUs
 from patchproof.preprocessing.squares import pixels_in, window_means
 from patchproof.results import PatchproofError
 
 
 class SaliencyMasking(nn.Module):
-    """Mask the densest regions of large gradients of the loss (Hayes, 2018).
+    """Mask the densest regions of large gradients of the network's answer (Hayes, 2018).
 
-    The blind variant, which has to find the patch: the gradient of the loss with respect to the
-    image is often large at the pixels of a patch. The saliency map is scaled to [0, 1]; pixels
+    The blind variant, which has to find the patch: guided gradients of the answer with respect to
+    the image are often large at the pixels of a patch. The saliency map is scaled to [0, 1]; pixels
     above a threshold are kept, and of these, by an erosion and a dilation, those that form squares.
     The square window that holds most of the rest is masked. Something always is: where the
     threshold or the erosion leaves nothing, the window with the largest saliency.
 
-    What differs from the paper: plain gradients in place of guided backpropagation, which needs
-    networks of ReLUs; and whole squares are masked in place of the pixels that were found.
+    What differs from the paper: whole squares are masked in place of the pixels that were found.
+    Guided gradients are those of networks with ReLUs; others have plain ones, with which patches
+    stand out little.
 
     The masks are a constant to the gradients, which pass the step as if it were the identity (BPDA,
     Athalye et al., 2018; Chiang et al., 2020, Section 3.2), those of masked pixels too.
@@ -86,23 +88,25 @@ class SaliencyMasking(nn.Module):
 
 
 def saliency(network: nn.Module, images: Tensor) -> Tensor:
-    """Return how much the loss of the network's own answer changes with each pixel.
+    """Return how much each pixel speaks for the network's own answer.
 
-    The loss is the cross-entropy of the class with the highest logit, the lowest of equal ones. Its
-    gradient is a multiple of that of the logit's lead over the log-sum-exp of all others, which
-    does not vanish where the network is certain; the scaling takes the factor away.
+    That is the class with the highest logit, the lowest of equal ones. What is followed back to the
+    pixels, by guided backpropagation, is the lead of its logit over the log-sum-exp of all others:
+    the gradient of the cross-entropy is a multiple of its own, and vanishes where the network is
+    certain.
 
     Args:
         network: from images to logits (N, classes >= 2), each image by itself.
         images: (N, C, H, W).
 
     Returns:
-        (N, 1, H, W), the sum of the gradient's magnitudes over the channels, scaled so that the
-        largest of each image is 1; 0 where it has no finite gradient. Without gradients of its own.
+        (N, 1, H, W), the magnitudes of the guided gradient summed over the channels and scaled so
+        that the largest of each image is 1; 0 where it is not finite. Without gradients of its own.
     """
     with torch.inference_mode(False), torch.enable_grad():
         pixels = images.detach().clone().requires_grad_()
-        logits: Tensor = network(pixels.clone())  # it may change its input in place
+        with GuidedReLUs():
+            logits: Tensor = network(pixels.clone())  # it may change its input in place
         own = logits.argmax(1, keepdim=True)
         others = logits.scatter(1, own, -torch.inf).logsumexp(1)
         lead = logits.gather(1, own).squeeze(1) - others

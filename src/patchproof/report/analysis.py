@@ -55,6 +55,11 @@ _HEADINGS = {
     "chance_interval": "p_c: interval",
     "chance_variance": "variance of p_c",
     "vanilla_attacked": "undefended, attacked",
+    "wrong_attacked": "wrong local, attacked",
+    "wrong_original": "original",
+    "wrong_more": "difference",
+    "wrong_global": "wrong global, attacked",
+    "wrong_global_original": "wrong global, original",
 }
 _SHARES = {
     *("vanilla", "clean", "certified", "certified_detection", "paper"),
@@ -63,6 +68,8 @@ _SHARES = {
     *("certified_with_probability", "chance_interval"),
     *("attacked", "vanilla_attacked"),
     *("masked_accuracy", "images_wrong", "windows_changed", "false_positives", "wrong_features"),
+    *("wrong_attacked", "wrong_original", "wrong_more", "wrong_global", "wrong_global_original"),
+    *("empirical", "gap"),
 }
 """Columns that are written as percentages."""
 _PLAIN = {

@@ -244,32 +244,59 @@ def local_logit_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
     models = list(dict.fromkeys(table["model"]))
     with style(ink):
         figure = Figure(figsize=(2 * _PANEL, 2.9 * len(models) + 0.3), layout="constrained")
-        panels = figure.subplots(len(models), 2, sharey=True, sharex="row", squeeze=False)
+        panels = figure.subplots(len(models), 2, sharey="row", sharex="row", squeeze=False)
         for row, (model, of_model) in enumerate(table.groupby("model", sort=False)):
             for axes, (image, rows) in zip(
                 panels[row], of_model.groupby("image", sort=False), strict=True
             ):
                 for place, (evidence, series) in enumerate(rows.groupby("evidence", sort=False)):
                     edges = [*series["bin_low"], float(series["bin_high"].iloc[-1])]
-                    for fill, alpha in ((True, 0.25), (False, 1.0)):
-                        axes.stairs(
-                            series["features"],
-                            edges,
-                            fill=fill,
-                            alpha=alpha,
-                            color=color_of(ink, place),
-                            linewidth=1.4,
-                            label=None if fill else str(evidence),
-                        )
+                    _outline(axes, series["features"], edges, color_of(ink, place), str(evidence))
                 title = f"{image} images"
                 axes.set_title(title if len(models) == 1 else f"{model}, {title}", fontsize=9)
                 axes.set_yscale("log")
-                axes.set_ylim(bottom=0.7)
                 axes.set_xlabel("local logit")
                 axes.grid(axis="y")
+            panels[row][0].set_ylim(bottom=0.7)
             panels[row][0].set_ylabel("number of features")
         add_legend(figure, panels[0][0])
     return figure
+
+
+def large_logit_figure(table: pd.DataFrame, ink: Ink = ON_LIGHT) -> Figure:
+    """Draw how large local logits of attacked images are (PatchGuard, Figure 3).
+
+    Only positive ones are drawn. Networks have other numbers of features, hence shares.
+
+    Args:
+        table: the histogram of ``feature_analyses.attacked_logits``.
+        ink: colours.
+    """
+    models = list(table[table["image"] == "attacked"].groupby("model", sort=False))
+    with style(ink):
+        figure = Figure(figsize=(3.2 * len(models) + 0.8, 3.2), layout="constrained")
+        panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
+        for axes, (model, rows) in zip(panels, models, strict=True):
+            for place, (evidence, series) in enumerate(rows.groupby("evidence", sort=False)):
+                positive = series["bin_low"] >= 0
+                edges = [*series["bin_low"][positive], float(series["bin_high"].iloc[-1])]
+                shares = series["features"][positive] / series["features"].sum()
+                _outline(axes, shares, edges, color_of(ink, place), str(evidence))
+            axes.set_title(str(model), fontsize=9)
+            axes.set_yscale("log")
+            axes.set_xlabel("local logit, positive ones")
+            axes.grid(axis="y")
+        panels[0].set_ylabel("share of the features\nof attacked images")
+        add_legend(figure, panels[0])
+    return figure
+
+
+def _outline(
+    axes: Axes, heights: pd.Series[Any], edges: list[float], color: str, label: str
+) -> None:
+    """Draw a histogram as its outline, lightly filled."""
+    axes.stairs(heights, edges, fill=True, alpha=0.25, color=color, linewidth=1.4)
+    axes.stairs(heights, edges, color=color, linewidth=1.4, label=label)
 
 
 def _families(

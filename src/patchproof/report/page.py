@@ -26,6 +26,7 @@ from patchproof.evaluation.store import CERTIFIED, RunKind, read_attacked, read_
 from patchproof.evaluation.summary import Proportion, trade_off_table
 from patchproof.models.weights import write_atomically
 from patchproof.report import plots
+from patchproof.report.analysis import AnalysisFolder
 from patchproof.report.published import SOURCE_NOTES, comparable, load_published
 from patchproof.report.runs import MEASURES, Run
 from patchproof.results import ALERT, PatchproofError
@@ -35,7 +36,7 @@ _ENLARGED_UP_TO = 64
 """Images of at most so many pixels a side are shown with hard pixel edges."""
 
 
-def write_report(folders: Sequence[Path], out: Path) -> Path:
+def write_report(folders: Sequence[Path], out: Path, tables: Path | None = None) -> Path:
     """Write one HTML page that shows one or more runs and needs nothing else to be read.
 
     Attack runs are joined with the certify runs of the same defense, threat, model and images.
@@ -43,13 +44,14 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
     Args:
         folders: results folders that ``patchproof certify`` or ``attack`` wrote, finished or not.
         out: the page; an existing file is replaced whole.
+        tables: a folder for the sandwiches alone, as tables and figures; None for none.
 
     Returns:
         ``out``.
 
     Raises:
         PatchproofError: no folders, one of them twice, not a results folder, one without a finished
-            image, or a folder where the page should be.
+            image, a folder where the page should be, or tables asked for of runs that do not join.
         RunError: a results folder is damaged, or the page cannot be written; and, when it is
             written, an attack broke a certified image.
     """
@@ -61,6 +63,8 @@ def write_report(folders: Sequence[Path], out: Path) -> Path:
         raise PatchproofError(f"report: expected the name of a page to write, got the folder {out}")
     runs = [Run(read_result(folder)) for folder in folders]
     sandwiches = _joined(runs)
+    if tables is not None:
+        _write_tables(tables, runs, sandwiches)
     write_atomically(out, render(runs, sandwiches).encode())
     check_consistent(list(sandwiches.values()))
     return out
@@ -115,6 +119,33 @@ def render(runs: Sequence[Run], sandwiches: Mapping[int, Sandwich]) -> str:
         scale=plots.heat_scale(),
         enlarged_up_to=_ENLARGED_UP_TO,
     )
+
+
+def _write_tables(
+    path: Path, runs: Sequence[Run], sandwiches: Mapping[int, Sandwich]
+) -> list[Path]:
+    """Write the sandwiches of each kind as a table and a figure."""
+    if not sandwiches:
+        raise PatchproofError(
+            "tables: expected an attack run on what a certify run certifies, got no such two"
+        )
+    folder = AnalysisFolder(path, {"analysis": "sandwich"})
+    folder.check()
+    labels = _labels(runs)
+    tables = {}
+    for kind in MEASURES:
+        own = {labels[number - 1]: one for number, one in sandwiches.items() if one.kind == kind}
+        if own:
+            tables[f"sandwich-{kind}"] = sandwich_table(own)
+    about = {
+        labels[number - 1]: {
+            "certify": one.certify.folder.name,
+            "attacks": [attack.folder.name for attack in one.attacks],
+        }
+        for number, one in sandwiches.items()
+    }
+    figures = {name: plots.sandwich_figure(table) for name, table in tables.items()}
+    return folder.write(tables, figures, {"runs": about})
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:
