@@ -239,6 +239,41 @@ PYTHON
     $patchproof analyze crops --data "$DATA/cifar10" "${sizes[@]}" --count 1000 --patches 5 \
       --threads 1 --out "$OUT/crops-cifar10-sizes" --name sizes
     ;;
+  heuristics)
+    # Table 2 of Chiang et al.: defenses without a certificate, attacked without and with knowledge of
+    # them. Settings: the best of `patchproof analyze heuristics` on 200 validation images.
+    note="CIFAR-10 re-compressed as JPEG by its source: close to, but not, the original pixels"
+    for data in ${SETS:-mnist cifar10}; do
+      for patch in ${PATCHES:-2 5}; do
+        case $data-$patch in
+          mnist-2) smoothing=1 window=5 threshold=0.05 masked=2 ibp=mlp-2x2-all ;;
+          mnist-5) smoothing=1.5 window=5 threshold=0.2 masked=6 ibp=mlp-5x5-all ;;
+          cifar10-2) smoothing=SMOOTHING2 window=5 threshold=0.1 masked=MASKED2 ibp=conv2-2x2-random10 ;;
+          cifar10-5) smoothing=SMOOTHING5 window=5 threshold=0.1 masked=MASKED5 ibp=conv2-5x5-random10 ;;
+        esac
+        shared=(--data "$DATA/$data" --patch "$patch" --count 400 --threads 1)
+        if [ "$data" = cifar10 ]; then shared+=(--note "$note"); fi
+        network=(--weights "zoo/$data-plain.safetensors")
+        smooth=(--defense local-gradient-smoothing --defense-option overlap=2)
+        smooth+=(--defense-option "smoothing=$smoothing" --defense-option "window=$window")
+        smooth+=(--defense-option "threshold=$threshold")
+        mask=(--defense digital-watermarking --defense-option "window=$masked")
+        attack="$patchproof attack --attack ifgsm --places trial --place-count 6"
+        name=$OUT/heuristics/$data-$patch
+        $attack "${shared[@]}" "${network[@]}" --defense undefended --out "$name-undefended"
+        for knowledge in model defense; do
+          $attack "${shared[@]}" "${network[@]}" "${smooth[@]}" --knowledge $knowledge \
+            --out "$name-smoothing-$knowledge"
+          $attack "${shared[@]}" "${network[@]}" "${mask[@]}" --knowledge $knowledge \
+            --out "$name-watermarking-$knowledge"
+        done
+        bounds=(--defense interval-bounds --weights "zoo/$data-ibp-$ibp.safetensors")
+        $patchproof certify "${shared[@]}" "${bounds[@]}" --gallery 0 --out "$name-bounds/certified"
+        $attack "${shared[@]}" "${bounds[@]}" --out "$name-bounds/attacked" \
+          --against "$name-bounds/certified"
+      done
+    done
+    ;;
   sandwich)
     # A certificate from below and an adaptive attack from above, of the same 400 images.
     note="CIFAR-10 re-compressed as JPEG by its source: close to, but not, the original pixels"

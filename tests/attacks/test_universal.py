@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from victims import CHANNELS, SIZE, THREATS, convolutional, examples, labels_alone, linear
 
 import patchproof as pp
@@ -212,6 +213,18 @@ def test_a_page_is_as_large_as_the_print(tmp_path: Path) -> None:
     assert [float(part) for part in box[1].split()] == pytest.approx([0, 0, 360, 180])
     tested.save(tmp_path / "again.pdf", width_cm=12.7)
     assert (tmp_path / "again.pdf").read_bytes() == page
+
+
+def test_a_picture_that_was_resized_is_read_all_the_same(tmp_path: Path) -> None:
+    tested = patch(torch.ones(3, 5, dtype=torch.bool))
+    tested.save(tmp_path / "patch.png")
+    with Image.open(tmp_path / "patch.png") as picture:
+        text = PngInfo()
+        text.add_text("patchproof:pixels", picture.info["patchproof:pixels"])
+        picture.resize((173, 101), Image.Resampling.NEAREST).save(
+            tmp_path / "smaller.png", pnginfo=text
+        )
+    assert torch.equal(PrintablePatch.load(tmp_path / "smaller.png").content, tested.content)
 
 
 def test_any_picture_can_be_a_patch(tmp_path: Path) -> None:

@@ -301,7 +301,7 @@ def succeeds(prediction: Tensor, labels: Tensor, targets: Tensor | None) -> Tens
     """Return which predictions are successes of an attacker, (N,) bool: an alert is none."""
     if targets is not None:
         return prediction == targets
-    return (prediction != labels) & (prediction != ALERT)
+    return (prediction != labels)
 
 
 def check_attacked(problem: Problem, attacked: Tensor) -> None:

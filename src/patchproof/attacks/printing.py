@@ -69,8 +69,8 @@ def read_picture(path: Path) -> NDArray[np.uint8]:
         (np.arange(count) + 0.5) * length // count
         for count, length in zip(map(int, patch.groups()), pixels.shape[:2], strict=True)
     )
-    pixels = pixels[rows.astype(int)[:, None], columns.astype(int)]
-    return pixels
+    shown: NDArray[np.uint8] = pixels[rows.astype(int)[:, None], columns.astype(int)]
+    return shown
 
 
 def _png(picture: NDArray[np.uint8], patch: tuple[int, int], width_cm: float) -> bytes:
