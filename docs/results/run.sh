@@ -246,10 +246,10 @@ PYTHON
     for data in ${SETS:-mnist cifar10}; do
       for patch in ${PATCHES:-2 5}; do
         case $data-$patch in
-          mnist-2) smoothing=1 window=5 threshold=0.05 masked=2 ibp=mlp-2x2-all ;;
-          mnist-5) smoothing=1.5 window=5 threshold=0.2 masked=6 ibp=mlp-5x5-all ;;
-          cifar10-2) smoothing=SMOOTHING2 window=5 threshold=0.1 masked=MASKED2 ibp=conv2-2x2-random10 ;;
-          cifar10-5) smoothing=SMOOTHING5 window=5 threshold=0.1 masked=MASKED5 ibp=conv2-5x5-random10 ;;
+          mnist-2) smoothing=1 window=5 threshold=0.05 masked=2 opening=1 ibp=mlp-2x2-all ;;
+          mnist-5) smoothing=1.5 window=5 threshold=0.2 masked=6 opening=1 ibp=mlp-5x5-all ;;
+          cifar10-2) smoothing=1 window=5 threshold=0.2 masked=4 opening=2 ibp=conv2-2x2-random10 ;;
+          cifar10-5) smoothing=SMOOTHING5 window=5 threshold=0.1 masked=MASKED5 opening=1 ibp=conv2-5x5-random10 ;;
         esac
         shared=(--data "$DATA/$data" --patch "$patch" --count 400 --threads 1)
         if [ "$data" = cifar10 ]; then shared+=(--note "$note"); fi
@@ -257,7 +257,7 @@ PYTHON
         smooth=(--defense local-gradient-smoothing --defense-option overlap=2)
         smooth+=(--defense-option "smoothing=$smoothing" --defense-option "window=$window")
         smooth+=(--defense-option "threshold=$threshold")
-        mask=(--defense digital-watermarking --defense-option "window=$masked")
+        mask=(--defense digital-watermarking --defense-option "window=$masked" --defense-option "opening=$opening")
         attack="$patchproof attack --attack ifgsm --places trial --place-count 6"
         name=$OUT/heuristics/$data-$patch
         $attack "${shared[@]}" "${network[@]}" --defense undefended --out "$name-undefended"
@@ -278,6 +278,7 @@ PYTHON
     # A certificate from below and an adaptive attack from above, of the same 400 images.
     note="CIFAR-10 re-compressed as JPEG by its source: close to, but not, the original pixels"
     strong=(--places trial --place-count 6 --stride 3 --restarts 2)
+    everywhere=(--places open --place-count 8 --stride 1 --restarts 2)
     few=(--place-count 3) # of defenses that take many forwards
     for run in ${RUNS:-mnist:5:interval-bounds:ibp-mlp-5x5-guided10 \
       mnist:5:interval-bounds:ibp-conv2-5x5-random10 mnist:2:interval-bounds:ibp-conv2-2x2-random10 \
@@ -295,8 +296,10 @@ PYTHON
       IFS=: read -r data patch defense network option <<< "$run"
       patch=${patch/=/:}
       case $defense in
-        patchguard | patchguard++ | bagcert | clipped-bagnet | median | trimmed-mean | top-masking | \
-          interval-bounds) attack=("${strong[@]}") ;;
+        interval-bounds) attack=("${everywhere[@]}") ;;
+        patchguard | patchguard++ | bagcert | clipped-bagnet | median | trimmed-mean | top-masking)
+          attack=("${strong[@]}")
+          ;;
         *) attack=("${few[@]}") ;;
       esac
       if [[ $network == band* ]]; then attack=("${few[@]}"); fi

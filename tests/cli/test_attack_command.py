@@ -70,7 +70,9 @@ def test_a_universal_patch_is_made_and_tried(patchproof: Patchproof, workplace: 
     )
     assert code == 0, errors
     assert "got the target's label" in output
-    assert examples(workplace / "attacked")["hit_target"].any()
+    table = examples(workplace / "attacked")
+    assert (table.loc[table["case"] == "held", "tries"] == 49).all()
+    assert (table["target"] == 1).tolist() == (table["label"] == 0).tolist()
 
 
 @pytest.mark.parametrize(

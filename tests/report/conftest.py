@@ -36,6 +36,7 @@ def manifest(
     count: int = 40,
     multiplicity: int = 1,
     tau: float | None = None,
+    model: dict[str, Any] | None = None,
     **about: Any,
 ) -> dict[str, Any]:
     """Return the manifest of a PatchCleanser run, or with a tau of a Minority Reports run."""
@@ -59,7 +60,8 @@ def manifest(
                 },
                 "threat": threat.to_dict(),
                 "image_size": [size, size],
-                "model": {"spec": {"name": "small-resnet"}, "digest": "0123456789abcdef" * 4},
+                "model": model
+                or {"spec": {"name": "small-resnet"}, "digest": "0123456789abcdef" * 4},
                 "dataset": {
                     "name": dataset,
                     "split": "test",

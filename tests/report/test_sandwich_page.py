@@ -6,6 +6,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from patchproof.evaluation.sandwich import compare, sandwich_table
@@ -105,6 +106,21 @@ def test_kinds_have_sandwiches_of_their_own(
     assert "attacked by two" in text[second:]
     assert "Broken, paper condition only" in text[first:second]
     assert "Broken, paper condition only" not in text[second:]
+
+
+def test_runs_of_equal_names_keep_their_own_sandwich(
+    make_run: MakeRun, make_attack: MakeRun, out: Path
+) -> None:
+    """The same defense of two networks, in folders whose last parts are equal."""
+    folders = []
+    for place, digest in (("shallow", "1" * 64), ("deep", "2" * 64)):
+        run = make_run(f"{place}/certified", model={"spec": {"name": "net"}, "digest": digest})
+        folders += [run, make_attack(run, f"{place}/attacked")]
+    tables = out.parent / "tables"
+    text = Text(write_report(folders, out, tables)).text
+    names = [f"mnist, 5x5 square of 28x28: PatchCleanser, k=6 ({at})" for at in ("shallow", "deep")]
+    assert all(f"{name} attacked by attacked" in text for name in names)
+    assert pd.read_csv(tables / "sandwich-recovery.csv")["run"].tolist() == names
 
 
 def test_an_attack_on_another_defense_is_not_joined_and_said_so(

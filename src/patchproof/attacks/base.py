@@ -16,7 +16,7 @@ from patchproof.attacks.places import PlaceSearch, margins, place_boxes, place_p
 from patchproof.attacks.victim import Victim
 from patchproof.defenses.checks import check_images, check_labels
 from patchproof.results import ALERT, PatchproofError
-from patchproof.threat import Threat
+from patchproof.threat import SparsePixels, Threat
 
 Loss = Literal["margin", "cross-entropy"]
 """What is ascended: the lead of the best wrong class (of the target), or the cross-entropy."""
@@ -24,7 +24,7 @@ Loss = Literal["margin", "cross-entropy"]
 CLEAR_LEAD = 1e-3
 """A lead in the scores that is no larger may be rounding, and no attack stops at it."""
 
-_ROWS = 64
+_ROWS = 256
 """Tries (an image, a place and a restart each) that are optimised together by default."""
 
 
@@ -148,7 +148,8 @@ class PatchAttack(ABC):
         aims: names of the victim's surrogates to take in turn; None for all of them.
         loss: what is ascended.
         seed: of everything that is random; with it and its index an image has its own numbers.
-        batch_size: tries that are optimised together.
+        batch_size: tries that are optimised together; fewer where a surrogate takes several
+            forwards for each, as many as there are in its ``forwards``.
 
     Raises:
         PatchproofError: numbers out of range.
@@ -252,6 +253,7 @@ class PatchAttack(ABC):
             images[waiting],
             labels[waiting].to(images.device),
             seeds[waiting],
+            self._open_regions(victim, threat, images[waiting], labels[waiting]),
         )
         chosen = torch.full((len(images), *places.shape[1:]), -1)
         chosen[waiting] = places
@@ -263,16 +265,16 @@ class PatchAttack(ABC):
                 progress(len(waiting))
             # A batch is of one aim: the images that are behind, at as many places as fit.
             first = int(next_try[waiting].min())
+            scores = aims[first // each_place % len(aims)]
+            most = max(1, self.batch_size // int(getattr(scores, "forwards", 1)))
             behind = waiting[next_try[waiting] == first]
-            each = min(max(1, self.batch_size // len(behind)), each_place - first % each_place)
-            behind = behind[: max(1, self.batch_size // each)]
+            each = min(max(1, most // len(behind)), each_place - first % each_place)
+            behind = behind[: max(1, most // each)]
             rows = behind.repeat_interleave(each)
             number = first + torch.arange(each).repeat(len(behind))
             where = chosen[rows, number % each_place]
             inside = place_pixels(threat, size, where).to(images.device)[:, None]
             boxes = place_boxes(threat, size, where).to(images.device)
-            aim = first // each_place % len(aims)
-            scores = aims[aim]
             redraw = getattr(scores, "redraw", None)
             if redraw is not None:
                 redraw(_seed(self.seed, first))
@@ -296,12 +298,20 @@ class PatchAttack(ABC):
             waiting = waiting[~found.won[waiting] & (next_try[waiting] < tries)]
         return found.result(labels, targets)
 
+    def _open_regions(
+        self, victim: Victim, threat: Threat, images: Tensor, labels: Tensor
+    ) -> Tensor | None:
+        """Return the regions without a certificate, (N, R) bool, if the search asks for them."""
+        if self.places.search != "open" or isinstance(threat, SparsePixels):
+            return None
+        return None if victim.open_regions is None else victim.open_regions(images, labels)
+
 
 def succeeds(prediction: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
     """Return which predictions are successes of an attacker, (N,) bool: an alert is none."""
     if targets is not None:
         return prediction == targets
-    return (prediction != labels)
+    return (prediction != labels) & (prediction != ALERT)
 
 
 def check_attacked(problem: Problem, attacked: Tensor) -> None:

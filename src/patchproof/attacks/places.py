@@ -14,7 +14,7 @@ from patchproof.threat import Regions, SparsePixels, Threat
 from patchproof.threat.regions import ImageSize
 from patchproof.views.crops import box_sums
 
-Search = Literal["gradient", "trial", "random", "strided", "corners", "all"]
+Search = Literal["gradient", "trial", "open", "random", "strided", "corners", "all"]
 """How places are chosen, see ``PlaceSearch``."""
 
 _MOST_PLACES = 2**20
@@ -31,6 +31,8 @@ class PlaceSearch:
     - ``"gradient"``: where the gradients of the objective are largest, summed over the patch, of
       the clean image and of the image under uniform noise; places that overlap earlier ones less.
     - ``"trial"``: where black, white and random contents do most harm, at every place of a stride.
+    - ``"open"``: as ``"trial"``, but first of all where the defense has no certificate, which is
+      where an attack can succeed, if its certificates are sound.
     - ``"random"``: drawn for each image.
     - ``"strided"``: every ``stride``-th row and column, and the last ones.
     - ``"corners"``: those nearest to the corners of the image (the weak adversary of Chiang et
@@ -43,7 +45,7 @@ class PlaceSearch:
         search: how.
         count: the most places for an image; None for as many as there are (``"strided"``,
             ``"corners"``, ``"all"``), else 4.
-        stride: of ``"strided"`` and ``"trial"``, in pixels, from the first place on.
+        stride: of ``"strided"``, ``"trial"`` and ``"open"``, in pixels, from the first place on.
 
     Raises:
         PatchproofError: another search, or numbers out of range.
@@ -67,15 +69,19 @@ class PlaceSearch:
         images: Tensor,
         labels: Tensor,
         seeds: Tensor,
+        open_regions: Tensor | None = None,
     ) -> Tensor:
         """Choose places for each image.
 
         Args:
             threat: what the attacker may do.
-            scores: a surrogate, for ``"gradient"`` and ``"trial"``; without one they are random.
+            scores: a surrogate, for ``"gradient"``, ``"trial"`` and ``"open"``; without one they
+                are random.
             images: (N, C, H, W).
             labels: (N,) int64.
             seeds: (N,) int64, one for each image's random numbers.
+            open_regions: (N, R) bool, the regions of one patch that have no certificate, for
+                ``"open"``; None where nothing is known.
 
         Returns:
             (N, K, P) int64: of P patches the numbers of their regions; of sparse pixels, of P
@@ -99,8 +105,10 @@ class PlaceSearch:
                 f"places: expected at most {_MOST_PLACES:,} for a batch of {len(images)} images, "
                 f"got {count:,} each: give a count, or a larger stride"
             )
-        if self.search in ("gradient", "trial") and scores is not None:
-            return self._promising(threat, candidates, each, count, scores, images, labels, seeds)
+        if self.search in ("gradient", "trial", "open") and scores is not None:
+            return self._promising(
+                threat, candidates, each, count, scores, images, labels, seeds, open_regions
+            )
         if self.search in ("strided", "corners", "all") and each == 1:
             return candidates[:count].expand(len(images), -1)[..., None]
         everywhere = candidates.expand(len(images), -1)
@@ -120,7 +128,7 @@ class PlaceSearch:
         first, last = start - start.amin(0), end == end.amax(0)
         if self.search == "corners":
             return ((first == 0) | last).all(1).nonzero().squeeze(1)
-        if self.search in ("strided", "trial"):
+        if self.search in ("strided", "trial", "open"):
             return ((first % self.stride == 0) | last).all(1).nonzero().squeeze(1)
         return torch.arange(len(regions))
 
@@ -134,11 +142,14 @@ class PlaceSearch:
         images: Tensor,
         labels: Tensor,
         seeds: Tensor,
+        open_regions: Tensor | None,
     ) -> Tensor:
         size = (images.shape[2], images.shape[3])
         regions = threat.regions(size)
-        if self.search == "trial" and not isinstance(threat, SparsePixels):
+        if self.search != "gradient" and not isinstance(threat, SparsePixels):
             harm = _harm_of_trials(threat, candidates, scores, images, labels, seeds)
+            if open_regions is not None:
+                harm = _first(open_regions[:, candidates], harm)
             if each == 1:
                 return candidates[harm.topk(count, dim=1).indices][..., None]
             return candidates[_apart(harm, regions.parts[candidates], size, each, count)]
@@ -303,6 +314,14 @@ def _shuffled(places: Tensor, seeds: Tensor) -> Tensor:
         for seed, row in zip(seeds.tolist(), places, strict=True)
     ]
     return torch.from_numpy(np.stack(rows))
+
+
+def _first(chosen: Tensor, values: Tensor) -> Tensor:
+    """Return numbers in the order of the values, (N, n), those that are chosen above all others."""
+    order = values.argsort(1)
+    order = order.gather(1, chosen.gather(1, order).int().argsort(dim=1, stable=True))
+    places = torch.arange(values.shape[1], dtype=values.dtype).expand_as(values)
+    return torch.empty_like(values).scatter_(1, order, places)
 
 
 def _combinations(places: Tensor, each: int, count: int, seeds: Tensor) -> Tensor:

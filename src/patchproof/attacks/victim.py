@@ -9,9 +9,10 @@ from typing import Protocol, TypeGuard, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from patchproof.aggregation.base import Stop
 from patchproof.defenses.surrogate import NetworkScores
 from patchproof.precision import exact_inference
-from patchproof.results import Kind, PatchproofError
+from patchproof.results import Certificates, Kind, PatchproofError, Verdict
 
 _REPEATS = 101
 """Predictions that are drawn to see which label is the most frequent."""
@@ -41,6 +42,14 @@ class DrawsPredictions(Protocol):
         """Return what so many predictions of each image are, (N, repeats) int64."""
 
 
+@runtime_checkable
+class Certifies(Protocol):
+    """A defense with certificates."""
+
+    def certify(self, images: Tensor, labels: Tensor, stop: Stop) -> Certificates:
+        """Certify N images."""
+
+
 def draws_predictions(defense: object) -> TypeGuard[DrawsPredictions]:
     """Tell whether a defense may answer the same image in several ways."""
     return isinstance(defense, DrawsPredictions) and defense.kind == "probable"
@@ -56,11 +65,14 @@ class Victim:
         surrogates: by name, modules from images to scores (N, classes), differentiable in the
             images for attacks that use gradients. Empty where labels are all that is known.
         device: where images go.
+        open_regions: from images and their labels (N,) to the patch regions at which there is no
+            certificate, (N, R) bool; None where there are no certificates.
     """
 
     predict: Callable[[Tensor], Tensor]
     surrogates: Mapping[str, nn.Module] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    open_regions: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @classmethod
     def of_defense(cls, defense: Attackable) -> Victim:
@@ -75,7 +87,15 @@ class Victim:
             def predict(images: Tensor) -> Tensor:
                 return drawing.repeated_predictions(images, _REPEATS).mode(1).values
 
-        return cls(predict, dict(defense.surrogates()), defense.device)
+        open_regions = None
+        if isinstance(defense, Certifies):
+            certifying = defense
+
+            def open_regions(images: Tensor, labels: Tensor) -> Tensor:
+                verdicts = certifying.certify(images, labels, "never").region_verdicts()
+                return verdicts != Verdict.HOLDS
+
+        return cls(predict, dict(defense.surrogates()), defense.device, open_regions)
 
     @classmethod
     def of_model(cls, model: nn.Module, device: torch.device | None = None) -> Victim:
@@ -90,9 +110,15 @@ class Victim:
 
         return cls(predict, {"logits": scores}, place)
 
-    def unaware(self, of: Victim) -> Victim:
-        """Attack ``of`` in its place, for one that does not know of the defense."""
-        return Victim(of.predict, of.surrogates, self.device)
+    @classmethod
+    def of_undefended(cls, model: nn.Module, device: torch.device | None = None) -> Victim:
+        """Attack the model inside a defense, by somebody who does not know of the defense.
+
+        Contents are sought until the last step: one that only just fools the model would be undone
+        by anything that the defense does.
+        """
+        victim = cls.of_model(model, device)
+        return cls(victim.predict, {"logits": model}, victim.device)
 
     def aims(self, names: tuple[str, ...] | None) -> list[nn.Module]:
         """Return the surrogates of these names, all of them for None.

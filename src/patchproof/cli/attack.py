@@ -77,10 +77,11 @@ def attack(
         ),
     ] = None,
     places: Annotated[
-        Literal["gradient", "trial", "random", "strided", "corners", "all"],
+        Literal["gradient", "trial", "open", "random", "strided", "corners", "all"],
         typer.Option(
             help="Where the patch is tried: gradient: where the gradients are largest; trial: "
-            "where black, white and random contents do most harm; random; strided: every other "
+            "where black, white and random contents do most harm; open: the same, but first where "
+            "there is no certificate; random; strided: every other "
             "pixel; corners: the four corners; all.",
             rich_help_panel=_ATTACK,
         ),
@@ -97,7 +98,9 @@ def attack(
     stride: Annotated[
         int,
         typer.Option(
-            min=1, help="Pixels between the places of strided and trial.", rich_help_panel=_ATTACK
+            min=1,
+            help="Pixels between the places of strided, trial and open.",
+            rich_help_panel=_ATTACK,
         ),
     ] = 2,
     restarts: Annotated[

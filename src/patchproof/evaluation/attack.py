@@ -124,9 +124,7 @@ def attack_dataset(
     if knowledge == "defense":
         victim = Victim.of_defense(defense)
     else:
-        # To stop at the first success would leave patches that any change undoes.
-        undefended = Victim.of_model(defense.model, defense.device)
-        victim = Victim(undefended.predict, {"logits": defense.model}, defense.device)
+        victim = Victim.of_undefended(defense.model, defense.device)
     if attack.needs_scores or attack.aims is not None:
         victim.aims(attack.aims)
     repeats = REPEATS if draws_predictions(defense) else 1
@@ -252,7 +250,8 @@ class _Run:
                     "attacked_prediction": attacked,
                     "broken": broken,
                     "target": int(targets[place]),
-                    "hit_target": int(targets[place]) >= 0 and attacked == int(targets[place]),
+                    "hit_target": bool(result.tries[number] > 0)
+                    and attacked == int(targets[place]),
                     "right_share": float(shares[number]),
                     "regions": json.dumps(boxes[number]),
                     "objective": float(result.objective[number]),

@@ -62,8 +62,7 @@ class AttackedImages:
     ) -> Self:
         """Attack an undefended network.
 
-        Images that it gets wrong stay as they are. The attack goes on to its last step where it has
-        succeeded, so that what it finds is far from where the network's label changes.
+        Images that it gets wrong stay as they are.
 
         Args:
             undefended: the network, and what the attacker may do.
@@ -73,8 +72,7 @@ class AttackedImages:
             indices: (N,) integers that name the images, for their random numbers.
             progress: called with the number of images still under attack.
         """
-        # the network itself, not the surrogate: with one that is exact attacks rest on a success
-        victim = Victim(undefended.predict, {"logits": undefended.network}, undefended.device)
+        victim = Victim.of_undefended(undefended.model, undefended.device)
         result = attack.run(
             victim, images, labels, threat=undefended.threat, indices=indices, progress=progress
         )

@@ -150,11 +150,25 @@ def _write_tables(
 
 def _labels(runs: Sequence[Run]) -> list[str]:
     """Return a short name for each run, told apart by the folder where needed."""
-    plain = [f"{run.dataset['name']}, {run.patch}: {run.system}" for run in runs]
-    return [
-        label if plain.count(label) == 1 else f"{label} ({run.result.folder.name})"
-        for label, run in zip(plain, runs, strict=True)
-    ]
+    labels = [f"{run.dataset['name']}, {run.patch}: {run.system}" for run in runs]
+    alike: dict[str, list[int]] = {}
+    for place, label in enumerate(labels):
+        alike.setdefault(label, []).append(place)
+    for label, places in alike.items():
+        if len(places) > 1:
+            names = _told_apart([runs[place].result.folder for place in places])
+            for place, name in zip(places, names, strict=True):
+                labels[place] = f"{label} ({name})"
+    return labels
+
+
+def _told_apart(folders: Sequence[Path]) -> list[str]:
+    """Return the last part of the paths in which all differ, whole paths where there is none."""
+    ends = (folder.resolve().parts[::-1] for folder in folders)
+    for names in zip(*ends, strict=False):
+        if len(set(names)) == len(names):
+            return list(names)
+    return [str(folder) for folder in folders]
 
 
 def _joined(runs: Sequence[Run]) -> dict[int, Sandwich]:
