@@ -38,6 +38,7 @@ from patchproof.attacks import (
     UniversalAttack,
     Victim,
 )
+from patchproof.defenses.surrogate import Surrogate
 from patchproof.results import ALERT, PatchproofError
 
 TWO = PlaceSearch("random", count=2)
@@ -276,6 +277,56 @@ def test_an_image_is_attacked_the_same_in_any_company(attack: str, name: str) ->
         )
 
 
+class Fickle(Surrogate):
+    """The scores of a linear model, mixed anew in each call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.generator = torch.Generator()
+
+    def forward(self, images: Tensor) -> Tensor:
+        mixed: Tensor = self.model(images) @ torch.randn(CLASSES, CLASSES, generator=self.generator)
+        return mixed
+
+    def redraw(self, seed: int) -> None:
+        self.generator.manual_seed(seed)
+
+
+def test_what_a_surrogate_drew_before_changes_nothing() -> None:
+    """Or a run that was stopped would go on to other patches."""
+    model = linear()
+    images, labels = examples(6, model)
+    victim = Victim(Victim.of_model(model).predict, {"fickle": Fickle(model)})
+    attack = PatchPGD(places=PlaceSearch("gradient", count=2), steps=3)
+    first, again = (attack.run(victim, images, labels, threat=pp.SquarePatch(3)) for _ in range(2))
+    assert torch.equal(first.places, again.places)
+    assert torch.equal(first.images, again.images)
+
+
+def test_a_pasted_patch_has_no_restarts() -> None:
+    model, threat = linear(), pp.SquarePatch(2)
+    images, labels = examples(6, model)
+    result = universal(threat, places=TWO, restarts=5).run(
+        Victim.of_model(model), images, labels, threat=threat
+    )
+    assert result.tries.max() == 2
+
+
+def test_no_more_images_go_through_a_surrogate_than_it_has_forwards_for() -> None:
+    model, seen = linear(), []
+    images, labels = examples(20, model)
+    scores = Victim.of_model(model).surrogates["logits"]
+    scores.forwards = 50  # of 256, so that five images go together
+    scores.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    victim = Victim(Victim.of_model(model).predict, {"logits": scores})
+    for search in ("gradient", "trial"):
+        PatchPGD(places=PlaceSearch(search, count=2), steps=2).run(
+            victim, images, labels, threat=pp.SquarePatch(3)
+        )
+    assert max(seen) == 5
+
+
 def test_other_seeds_and_indices_give_other_patches() -> None:
     model = linear()
     images, labels = examples(3, model)
@@ -318,6 +369,7 @@ def test_all_aims_are_taken_in_turn() -> None:
         (lambda: PatchPGD(steps=0), "steps: expected at least 1, got 0"),
         (lambda: PatchPGD(step_size=1.5), "step_size: expected in"),
         (lambda: PatchIFGSM(momentum=-0.1), "momentum: expected a number >= 0"),
+        (lambda: PatchIFGSM(restarts=2), "restarts: expected 1 where all start from the same"),
         (lambda: LaVAN(loss="hinge"), "loss: expected margin or cross-entropy, got 'hinge'"),
         (lambda: LaVAN(start="red"), "start: expected random or"),
         (lambda: PatchPGD(schedule="steep"), "schedule: expected constant or"),

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from halves import BrighterHalf, make_defense, make_detector, make_halves
 from torch import Tensor
 
 from patchproof import PatchproofError, RunError, SquarePatch, Undefended
-from patchproof.attacks import PatchPGD, PlaceSearch
+from patchproof.attacks import PatchPGD, PlaceSearch, PrintablePatch, UniversalAttack
 from patchproof.datasets import ImageDataset
 from patchproof.evaluation import attack as attack_module
 from patchproof.evaluation import attack_dataset, certify_dataset, read_result
@@ -141,15 +142,55 @@ def test_a_target_has_a_column_of_its_own(halves: ImageDataset, tmp_path: Path) 
     assert summary.hit_target.count == int((halves.labels == 0).sum())
 
 
+def test_an_alert_hits_no_target(halves: ImageDataset, tmp_path: Path) -> None:
+    """Neither where none is wanted, nor where the label is the class that is wanted."""
+    for name, target in (("any", None), ("one", 1)):
+        attack_dataset(make_detector(tau=0.5), halves, FEW, tmp_path / name, target=target)
+        examples = read_result(tmp_path / name).examples
+        alerted = examples["attacked_prediction"] == ALERT
+        assert (alerted & (examples["target"] < 0)).any()
+        assert not examples.loc[alerted, "hit_target"].any()
+
+
+def test_only_the_attackers_forwards_are_counted(halves: ImageDataset, tmp_path: Path) -> None:
+    """Not those of the predictions of a defense that looks at many masked images."""
+    for name, defense in (("defended", make_defense()), ("bare", undefended())):
+        attack_dataset(defense, halves, ATTACK, tmp_path / name, knowledge="model")
+    defended, bare = (read_result(tmp_path / name).timing for name in ("defended", "bare"))
+    assert defended["forwards"].equals(bare["forwards"])
+
+
+@pytest.mark.parametrize("gallery", [1, 3])
+def test_as_many_are_kept_to_look_at_as_were_asked_for(
+    halves: ImageDataset, tmp_path: Path, gallery: int
+) -> None:
+    attack_dataset(undefended(), halves, ATTACK, tmp_path, gallery=gallery)
+    kept = read_attacked(tmp_path)
+    assert kept is not None
+    assert len(kept.index) == gallery
+
+
 def test_a_corrupt_image_is_left_out(tmp_path: Path) -> None:
     summary = attack_dataset(undefended(), make_halves(broken=frozenset({3})), ATTACK, tmp_path)
     assert (summary.count, summary.corrupt) == (19, 1)
 
 
 def test_mistakes_are_told(halves: ImageDataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
     with pytest.raises(PatchproofError, match="class from 0 to 1, got 2"):
-        attack_dataset(undefended(), halves, ATTACK, tmp_path / "run", target=2)
-    assert not (tmp_path / "run").exists()
+        attack_dataset(undefended(), halves, ATTACK, run, target=2)
+    content, mask = torch.zeros(1, 3, 3), torch.ones(3, 3, dtype=torch.bool)
+    pasted = UniversalAttack(patch=PrintablePatch(content, mask))
+    with pytest.raises(PatchproofError, match="expected the 2x2 pixels of the threat, got 3x3"):
+        attack_dataset(undefended(), halves, pasted, run)
+    certify_dataset(make_defense(), halves, tmp_path / "certified")
+    certified = read_result(tmp_path / "certified")
+    with pytest.raises(PatchproofError, match="certificates of what is attacked, got .* defense"):
+        attack_dataset(undefended(), halves, ATTACK, run, against=certified)
+    assert not run.exists()
+    attack_dataset(make_defense(), halves, ATTACK, run, against=certified)
+    with pytest.raises(PatchproofError, match="expected a run that certifies"):
+        attack_dataset(make_defense(), halves, ATTACK, tmp_path / "other", against=read_result(run))
 
 
 def test_a_certificate_that_an_attack_breaks_fails_loudly(

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patchproof.attacks.places import PlaceSearch, margins, place_boxes, place_pixels
+from patchproof.attacks.places import (
+    PlaceSearch,
+    images_at_once,
+    margins,
+    place_boxes,
+    place_pixels,
+)
 from patchproof.attacks.victim import Victim
 from patchproof.defenses.checks import check_images, check_labels
 from patchproof.results import ALERT, PatchproofError
@@ -148,8 +154,8 @@ class PatchAttack(ABC):
         aims: names of the victim's surrogates to take in turn; None for all of them.
         loss: what is ascended.
         seed: of everything that is random; with it and its index an image has its own numbers.
-        batch_size: tries that are optimised together; fewer where a surrogate takes several
-            forwards for each, as many as there are in its ``forwards``.
+        batch_size: tries that are optimised together; fewer where images are large, or a surrogate
+            takes several ``forwards`` for each.
 
     Raises:
         PatchproofError: numbers out of range.
@@ -167,7 +173,7 @@ class PatchAttack(ABC):
     needs_scores: ClassVar[bool] = True
     """Whether it needs scores of a surrogate, or can do with labels."""
     optimises: ClassVar[bool] = True
-    """Whether it looks for contents, to which there is another try with each aim."""
+    """Whether it looks for contents, which another aim or restart may make others."""
 
     def __post_init__(self) -> None:
         if self.loss not in (known := get_args(Loss)):
@@ -188,6 +194,15 @@ class PatchAttack(ABC):
             The attacked images, (B, C, H, W), the best of each row; and by how much the attacker
             leads there, (B,), by ``problem.objective``.
         """
+
+    def check(self, threat: Threat, shape: tuple[int, ...]) -> None:
+        """Raise ``PatchproofError`` unless it can attack images of a shape within a threat.
+
+        Args:
+            threat: what the attacker may do.
+            shape: (C, H, W) of the images.
+        """
+        threat.regions((shape[1], shape[2]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all that decides what the attack finds, as JSON values."""
@@ -226,6 +241,7 @@ class PatchAttack(ABC):
         """
         size = (images.shape[-2], images.shape[-1]) if images.ndim >= 2 else (0, 0)
         check_images(images, size)
+        self.check(threat, (images.shape[1], *size))
         images, labels = images.to(victim.device), check_labels(labels, len(images))
         if targets is not None:
             targets = check_labels(targets, len(images))
@@ -247,6 +263,7 @@ class PatchAttack(ABC):
         waiting = (clean == labels).nonzero().squeeze(1)
         if not len(waiting):
             return found.result(labels, targets)
+        self._redraw(aims[0], 0)
         places = self.places.choose(
             threat,
             aims[0],
@@ -258,7 +275,7 @@ class PatchAttack(ABC):
         chosen = torch.full((len(images), *places.shape[1:]), -1)
         chosen[waiting] = places
         each_place = places.shape[1]
-        tries = each_place * len(aims) * self.restarts
+        tries = each_place * len(aims) * (self.restarts if self.optimises else 1)
         next_try = torch.zeros(len(images), dtype=torch.int64)
         while len(waiting):
             if progress is not None:
@@ -266,7 +283,7 @@ class PatchAttack(ABC):
             # A batch is of one aim: the images that are behind, at as many places as fit.
             first = int(next_try[waiting].min())
             scores = aims[first // each_place % len(aims)]
-            most = max(1, self.batch_size // int(getattr(scores, "forwards", 1)))
+            most = images_at_once(scores, images[0], self.batch_size)
             behind = waiting[next_try[waiting] == first]
             each = min(max(1, most // len(behind)), each_place - first % each_place)
             behind = behind[: max(1, most // each)]
@@ -275,9 +292,7 @@ class PatchAttack(ABC):
             where = chosen[rows, number % each_place]
             inside = place_pixels(threat, size, where).to(images.device)[:, None]
             boxes = place_boxes(threat, size, where).to(images.device)
-            redraw = getattr(scores, "redraw", None)
-            if redraw is not None:
-                redraw(_seed(self.seed, first))
+            self._redraw(scores, first)
             problem = Problem(
                 images[rows],
                 inside,
@@ -297,6 +312,12 @@ class PatchAttack(ABC):
             next_try[behind] = first + each
             waiting = waiting[~found.won[waiting] & (next_try[waiting] < tries)]
         return found.result(labels, targets)
+
+    def _redraw(self, scores: nn.Module | None, number: int) -> None:
+        """Start anew what a surrogate draws, whatever it was used for before."""
+        redraw = getattr(scores, "redraw", None)
+        if redraw is not None:
+            redraw(_seed(self.seed, number))
 
     def _open_regions(
         self, victim: Victim, threat: Threat, images: Tensor, labels: Tensor

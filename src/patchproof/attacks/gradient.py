@@ -17,6 +17,8 @@ Start = Literal["random", "black-white", "image", "grey"]
 """What a patch shows first: uniform noise, noise of black and white, what was there, or grey."""
 Schedule = Literal["constant", "linear", "cosine", "halving"]
 """How step sizes fall: not at all, to a tenth on a line or a cosine, or by half five times."""
+_ALWAYS_THE_SAME = ("image", "grey")
+"""Starts in which nothing is random: a restart would find the same again."""
 
 _LAST = 0.1
 _HALVINGS = 5
@@ -57,6 +59,11 @@ class GradientAttack(PatchAttack):
         ):
             if value not in known:
                 raise PatchproofError(f"{name}: expected {' or '.join(known)}, got {value!r}")
+        if self.restarts > 1 and self.start in _ALWAYS_THE_SAME:
+            raise PatchproofError(
+                f"restarts: expected 1 where all start from the same, {self.start!r}, "
+                f"got {self.restarts}: take start 'random' or 'black-white'"
+            )
 
     def optimise(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Ascend, and keep the best content of each row."""

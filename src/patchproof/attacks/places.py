@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from patchproof.defenses.inference import default_batch_size
 from patchproof.results import PatchproofError
 from patchproof.threat import Regions, SparsePixels, Threat
 from patchproof.threat.regions import ImageSize
@@ -18,8 +19,8 @@ Search = Literal["gradient", "trial", "open", "random", "strided", "corners", "a
 """How places are chosen, see ``PlaceSearch``."""
 
 _MOST_PLACES = 2**20
-_TRIAL_IMAGES = 256
-"""Images with a trial patch that are scored at once."""
+_MOST_AT_ONCE = 256
+"""Forwards of images that are scored at once to choose places."""
 _SEEN = 0.25
 """What is left of the saliency of pixels that a place chosen before covers."""
 
@@ -179,6 +180,16 @@ class PlaceSearch:
         return torch.stack(chosen, 1)
 
 
+def images_at_once(scores: nn.Module | None, image: Tensor, most: int) -> int:
+    """Return how many images like ``image``, (C, H, W), go through a surrogate together.
+
+    These are ``most``, or as many as are usual for images of that size if these are fewer, shared
+    by the ``forwards`` that the surrogate takes for each.
+    """
+    each = int(getattr(scores, "forwards", 1))
+    return max(1, min(most, default_batch_size(image, image.device)) // each)
+
+
 def place_pixels(threat: Threat, size: ImageSize, places: Tensor) -> Tensor:
     """Return the pixels that the attacker may change at some places, (B, H, W) bool.
 
@@ -242,13 +253,16 @@ def _saliency(scores: nn.Module, images: Tensor, labels: Tensor, seeds: Tensor) 
         ]
     ).to(images.device)
     total = torch.zeros(len(images), *images.shape[2:], dtype=torch.float64)
+    at_once = images_at_once(scores, images[0], _MOST_AT_ONCE)
     for seen in (images, 0.7 * images + 0.3 * noise):
-        given = seen.detach().requires_grad_()
-        with torch.enable_grad():
-            (slope,) = torch.autograd.grad(margins(scores(given), labels).sum(), given)
-        # What a pixel can do is its slope times how far it can move that way.
-        room = torch.where(slope > 0, 1.0 - seen, seen)
-        total += (slope.abs() * room).sum(1).nan_to_num().cpu()
+        for rows in torch.split(torch.arange(len(images)), at_once):
+            given = seen[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                lead = margins(scores(given), labels[rows]).sum()
+                (slope,) = torch.autograd.grad(lead, given)
+            # What a pixel can do is its slope times how far it can move that way.
+            room = torch.where(slope > 0, 1.0 - given, given).detach()
+            total[rows] += (slope.abs() * room).sum(1).nan_to_num().cpu()
     return total
 
 
@@ -265,12 +279,13 @@ def _harm_of_trials(
     size = (images.shape[2], images.shape[3])
     harm = torch.full((len(images), len(candidates)), -torch.inf)
     inside = place_pixels(threat, size, candidates[:, None]).to(images.device)[:, None]
+    at_once = images_at_once(scores, images[0], _MOST_AT_ONCE)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         generator = torch.Generator().manual_seed(int(seeds[number]))
         random = torch.rand(image.shape, generator=generator).round().to(images.device)
         for content in (torch.zeros_like(image), torch.ones_like(image), random):
-            for start in range(0, len(candidates), _TRIAL_IMAGES):
-                part = inside[start : start + _TRIAL_IMAGES]
+            for start in range(0, len(candidates), at_once):
+                part = inside[start : start + at_once]
                 given = torch.where(part, content, image)
                 found = margins(scores(given), label.expand(len(part))).cpu()
                 those = slice(start, start + len(part))

@@ -44,6 +44,19 @@ class PrintablePatch:
         if self.mask.dtype != torch.bool or not self.mask.any():
             raise PatchproofError("mask of a patch: expected at least one pixel, as bool, got none")
 
+    def check_fit(self, size: tuple[int, ...], channels: int) -> None:
+        """Raise ``PatchproofError`` unless it has this size, (h, w) in pixels, and channels."""
+        if tuple(self.mask.shape) != size:
+            raise PatchproofError(
+                f"patch image: expected the {size[0]}x{size[1]} pixels of the threat, "
+                f"got {self.mask.shape[0]}x{self.mask.shape[1]}"
+            )
+        if channels != len(self.content):
+            raise PatchproofError(
+                f"patch image: expected the {channels} channels of the images, "
+                f"got {len(self.content)}"
+            )
+
     def paste(self, images: Tensor, inside: Tensor, boxes: Tensor) -> Tensor:
         """Show the patch in images, pixel by pixel, at the places of a threat's patches.
 
@@ -59,17 +72,8 @@ class PrintablePatch:
             PatchproofError: a box of another size, or images of other channels.
         """
         size = tuple(self.mask.shape)
-        for height, width in {tuple(box) for box in boxes[..., 2:].flatten(0, 1).tolist()}:
-            if (height, width) != size:
-                raise PatchproofError(
-                    f"patch image: expected the {height}x{width} pixels of the threat, "
-                    f"got {size[0]}x{size[1]}"
-                )
-        if images.shape[1] != len(self.content):
-            raise PatchproofError(
-                f"patch image: expected the {images.shape[1]} channels of the images, "
-                f"got {len(self.content)}"
-            )
+        for box in {tuple(box) for box in boxes[..., 2:].flatten(0, 1).tolist()}:
+            self.check_fit(box, images.shape[1])
         content, mask = self.content.to(images.device), self.mask.to(images.device)
         down, across = (torch.arange(side, device=images.device) for side in images.shape[2:])
         for top, left, _, _ in boxes.permute(1, 2, 0)[..., None]:
@@ -137,6 +141,11 @@ class UniversalAttack(PatchAttack):
     name: ClassVar[str] = "universal"
     needs_scores: ClassVar[bool] = False
     optimises: ClassVar[bool] = False
+
+    def check(self, threat: Threat, shape: tuple[int, ...]) -> None:
+        """Raise ``PatchproofError`` unless the patch has the size of the threat's, and channels."""
+        channels, height, width = shape
+        self.patch.check_fit(tuple(_shape(threat, (height, width)).shape), channels)
 
     def optimise(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Paste the patch."""

@@ -118,7 +118,7 @@ class Victim:
         by anything that the defense does.
         """
         victim = cls.of_model(model, device)
-        return cls(victim.predict, {"logits": model}, victim.device)
+        return cls(victim.predict, {"logits": NetworkScores(model, exact=False)}, victim.device)
 
     def aims(self, names: tuple[str, ...] | None) -> list[nn.Module]:
         """Return the surrogates of these names, all of them for None.

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from patchproof.attacks import PatchAttack
     from patchproof.datasets import ImageDataset
     from patchproof.evaluation.attack import AttackedDefense, Knowledge
+    from patchproof.evaluation.store import Result
     from patchproof.evaluation.summary import AttackSummary
     from patchproof.models import ModelSpec
 
@@ -220,6 +221,7 @@ def attack(
         knowledge=knowledge,
         target=target,
         gallery=gallery,
+        against=certified,
         spec=classifier.spec,
         about=about,
     )
@@ -229,7 +231,8 @@ def attack(
             f"{both.count} images: certified {both.certified}, not broken {both.empirical}, "
             f"of neither {both.gap}; certified and broken: 0"
         )
-    typer.echo(f"Make a report: patchproof report {out} --out {out / 'report.html'}")
+    both_folders = out if against is None else f"{against} {out}"
+    typer.echo(f"Make a report: patchproof report {both_folders} --out {out / 'report.html'}")
 
 
 def _build_attack(
@@ -270,8 +273,9 @@ def _build_attack(
             raise PatchproofError(
                 f"--attack-option: expected {' or '.join(sorted(takes))} for {method}, got {name!r}"
             )
-    if isinstance(values.get("aims"), list):
-        values["aims"] = tuple(values["aims"])
+    if "aims" in options:
+        aims = options["aims"]
+        values["aims"] = tuple(aims) if isinstance(aims, list) else (aims,)
     if (kind is UniversalAttack) != (patch_image is not None):
         raise PatchproofError(
             "--patch-image: expected with --attack universal, and with it only, got "
@@ -294,6 +298,7 @@ def _attack_and_show(
     knowledge: Knowledge,
     target: int | None,
     gallery: int,
+    against: Result | None,
     spec: ModelSpec | None,
     about: Mapping[str, Any],
 ) -> AttackSummary:
@@ -318,6 +323,7 @@ def _attack_and_show(
             knowledge=knowledge,
             target=target,
             gallery=gallery,
+            against=against,
             spec=spec,
             about=about,
             progress=show,

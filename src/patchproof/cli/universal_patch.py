@@ -39,7 +39,9 @@ def universal_patch(
     variation: Annotated[
         float, typer.Option(min=0.0, help="Weight of the total variation: more is smoother.")
     ] = 0.0,
-    width_cm: Annotated[float, typer.Option(help="Width of the print in centimetres.")] = 10.0,
+    width_cm: Annotated[
+        float, typer.Option(min=0.1, max=10_000.0, help="Width of the print in centimetres.")
+    ] = 10.0,
     data: opt.Data = "digits",
     root: opt.Root = None,
     download: opt.Download = False,

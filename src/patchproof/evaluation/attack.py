@@ -19,9 +19,11 @@ from patchproof.attacks.victim import Attackable, draws_predictions
 from patchproof.datasets import CorruptImageError, ImageDataset
 from patchproof.evaluation.certifier import Described
 from patchproof.evaluation.provenance import check_fit, how_made, identity, logits
+from patchproof.evaluation.sandwich import check_comparable
 from patchproof.evaluation.store import (
     FORMAT,
     AttackedGallery,
+    Result,
     Row,
     RunFolder,
     empty_row,
@@ -83,6 +85,7 @@ def attack_dataset(
     knowledge: Knowledge = "defense",
     target: int | None = None,
     gallery: int = 12,
+    against: Result | None = None,
     spec: ModelSpec | None = None,
     about: Mapping[str, Any] | None = None,
     progress: Callable[[AttackProgress], None] | None = None,
@@ -103,6 +106,7 @@ def attack_dataset(
         target: the class that the attacker wants; images of that class are attacked without a
             target. None for any wrong class.
         gallery: how many attacked images to keep to look at, half of them broken.
+        against: a run that certifies what is attacked, as must be before the attack begins.
         spec: what the model was built from; with it the run names the model exactly.
         about: more for the manifest's record of how the run was made, such as the command.
         progress: called at the start and as the attack goes on.
@@ -112,7 +116,8 @@ def attack_dataset(
 
     Raises:
         PatchproofError: the data set does not fit the defense, the target is no class, the attack
-            needs what the defense has not, or the folder holds something else.
+            needs what the defense has not or is not for its threat, ``against`` is about something
+            else, or the folder holds something else.
         RunError: the folder cannot be written, or no image could be read.
     """
     if knowledge not in (known := get_args(Knowledge)):
@@ -127,6 +132,7 @@ def attack_dataset(
         victim = Victim.of_undefended(defense.model, defense.device)
     if attack.needs_scores or attack.aims is not None:
         victim.aims(attack.aims)
+    attack.check(defense.threat, (dataset.channels, *dataset.image_size))
     repeats = REPEATS if draws_predictions(defense) else 1
     manifest: dict[str, Any] = {
         "format": FORMAT,
@@ -142,6 +148,8 @@ def attack_dataset(
         },
         "about": {**how_made(defense, dataset), **dict(about or {})},
     }
+    if against is not None:
+        check_comparable(against, manifest["identity"])
     with RunFolder.open(Path(out), manifest) as folder:
         run = _Run(folder, defense, dataset, victim, attack, target, repeats, gallery, progress)
         for start in range(0, len(dataset), BLOCK):
@@ -251,7 +259,7 @@ class _Run:
                     "broken": broken,
                     "target": int(targets[place]),
                     "hit_target": bool(result.tries[number] > 0)
-                    and attacked == int(targets[place]),
+                    and attacked == int(targets[place]) >= 0,
                     "right_share": float(shares[number]),
                     "regions": json.dumps(boxes[number]),
                     "objective": float(result.objective[number]),
@@ -293,7 +301,8 @@ class _Run:
         known = set() if kept is None else set(kept.index.tolist())
         chosen = []
         for number, row in enumerate(rows):
-            full = broken.count(row["broken"]) >= self._gallery // 2
+            share = (self._gallery + row["broken"]) // 2
+            full = broken.count(row["broken"]) >= share
             if not (full or row["case"] == "wrong" or row["index"] in known):
                 chosen.append(number)
                 broken.append(row["broken"])

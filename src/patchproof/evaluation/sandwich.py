@@ -7,6 +7,7 @@ that an attack broke is in no sandwich: it is a bug of the certificate, or of th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -120,22 +121,44 @@ def differences(certify: Result, attack: Result) -> list[str]:
     The attacked images may be others of the same data set, as long as some are in both runs.
     """
     ours, theirs = certify.manifest["identity"], attack.manifest["identity"]
+    found = _other_things(ours, theirs)
+    mine, other = ours["dataset"], theirs["dataset"]
+    labels = _read(certify)["label"]
+    both = labels.index.intersection(_read(attack).index)
+    if "images" not in found and (
+        (mine["indices_digest"] == other["indices_digest"] and mine["digest"] != other["digest"])
+        or (labels[both] != _read(attack).loc[both, "label"]).any()
+    ):
+        found.append("images")
+    elif both.empty and "images" not in found:
+        found.append("part of the images")
+    return found
+
+
+def check_comparable(certify: Result, attack: Mapping[str, Any]) -> None:
+    """Raise ``PatchproofError`` unless a run certifies what an attack of this identity is on.
+
+    Which images are in both is for ``compare`` to say.
+    """
+    if certify.kind == "attack":
+        raise PatchproofError(f"{certify.folder}: expected a run that certifies, got an attack")
+    # as a manifest gives it back
+    if found := _other_things(certify.manifest["identity"], json.loads(json.dumps(attack))):
+        raise PatchproofError(
+            f"{certify.folder}: expected certificates of what is attacked, got those of another "
+            f"{' and another '.join(found)}"
+        )
+
+
+def _other_things(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Say in what two identities differ, as far as they tell without their images."""
     found = [
         name.replace("_", " ")
         for name in ("defense", "threat", "image_size", "model")
         if ours[name] != theirs[name]
     ]
-    mine, other = ours["dataset"], theirs["dataset"]
-    labels = _read(certify)["label"]
-    both = labels.index.intersection(_read(attack).index)
-    if (
-        any(mine[name] != other[name] for name in ("name", "split"))
-        or (mine["indices_digest"] == other["indices_digest"] and mine["digest"] != other["digest"])
-        or (labels[both] != _read(attack).loc[both, "label"]).any()
-    ):
+    if any(ours["dataset"][name] != theirs["dataset"][name] for name in ("name", "split")):
         found.append("images")
-    elif both.empty:
-        found.append("part of the images")
     return found
 
 
