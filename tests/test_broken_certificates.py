@@ -152,8 +152,7 @@ def test_no_attack_breaks_a_certificate(case: Case) -> None:
         case
         for case in CASES
         if case.weights in ("cifar10-bagnet7-masked2", "mnist-greedy")
-        or case.defense is pp.IntervalBoundPropagation
-        and case.weights != "mnist-ibp-mlp-2x2-all"
+        or (case.defense is pp.IntervalBoundPropagation and case.weights != "mnist-ibp-mlp-2x2-all")
     ],
     ids=str,
 )

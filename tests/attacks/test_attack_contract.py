@@ -401,6 +401,11 @@ def test_bad_examples_are_refused(change: dict[str, Tensor], message: str) -> No
         PatchPGD().run(Victim.of_model(linear()), **given, threat=pp.SquarePatch(2))
 
 
+def test_a_model_in_training_mode_is_refused() -> None:
+    with pytest.raises(PatchproofError, match="eval"):
+        Victim.of_model(linear().train())
+
+
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_settings_are_json(attack: str) -> None:
     values = json.loads(json.dumps(ATTACKS[attack].to_dict()))

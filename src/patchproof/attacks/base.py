@@ -308,7 +308,7 @@ class PatchAttack(ABC):
             check_attacked(problem, attacked)
             prediction = victim.predict(attacked).cpu()
             won = succeeds(prediction, labels[rows], None if targets is None else targets[rows])
-            found.keep(rows, attacked, prediction, won, objective.double().cpu(), where, inside)
+            found.keep(rows, attacked, prediction, won, objective.cpu().double(), where, inside)
             next_try[behind] = first + each
             waiting = waiting[~found.won[waiting] & (next_try[waiting] < tries)]
         return found.result(labels, targets)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from patchproof.aggregation.base import Stop
+from patchproof.defenses.checks import check_model
+from patchproof.defenses.inference import model_device
 from patchproof.defenses.surrogate import NetworkScores
 from patchproof.precision import exact_inference
 from patchproof.results import Certificates, Kind, PatchproofError, Verdict
@@ -99,9 +101,13 @@ class Victim:
 
     @classmethod
     def of_model(cls, model: nn.Module, device: torch.device | None = None) -> Victim:
-        """Attack any classifier in eval mode: from images in [0, 1] to logits (N, classes)."""
-        place = torch.device("cpu") if device is None else device
-        scores = NetworkScores(model)
+        """Attack any classifier in eval mode: from images in [0, 1] to logits (N, classes).
+
+        Raises:
+            PatchproofError: a model in training mode.
+        """
+        place = model_device(model) if device is None else device
+        scores = NetworkScores(check_model(model))
 
         def predict(images: Tensor) -> Tensor:
             with exact_inference(place):

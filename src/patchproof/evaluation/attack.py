@@ -93,7 +93,8 @@ def attack_dataset(
     """Attack every image of a data set within the defense's threat and write a results folder.
 
     Finished images are written block by block. A run that was stopped, whatever stopped it, goes on
-    when it is called again with the same arguments, and ends with the same table of examples.
+    when it is called again with the same arguments, and ends with the same table of examples (but
+    of a defense that draws its predictions in secret).
 
     Args:
         defense: any of this library, certified or not.

@@ -276,7 +276,9 @@ def read_result(folder: Path | str) -> Result:
         examples=examples,
         timing=timing,
         summary=(
-            summarize_attack(examples, timing, batch_size)
+            summarize_attack(
+                examples, timing, manifest["identity"].get("attack", {}).get("batch_size")
+            )
             if kind == "attack"
             else summarize(examples, timing, batch_size, kind, run_paper(manifest))
         ),
