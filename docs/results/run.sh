@@ -261,7 +261,10 @@ PYTHON
         mask=(--defense digital-watermarking --defense-option "window=$masked" --defense-option "opening=$opening")
         case $data in
           mnist) attack="$patchproof attack --attack ifgsm --places trial --place-count 6" ;;
-          cifar10) attack="$patchproof attack --attack ifgsm --places trial --place-count 3 --stride 4" ;;
+          cifar10)
+            attack="$patchproof attack --attack ifgsm --places trial --place-count 3 --stride 4"
+            attack+=" --attack-option steps=20 --attack-option step_size=0.1"
+            ;;
         esac
         name=$OUT/heuristics/$data-$patch
         $attack "${shared[@]}" "${network[@]}" --defense undefended --out "$name-undefended"
@@ -283,7 +286,7 @@ PYTHON
     note="CIFAR-10 re-compressed as JPEG by its source: close to, but not, the original pixels"
     attack=($patchproof attack --attack ifgsm --places corners --data "$DATA/cifar10" --note "$note")
     attack+=(--weights zoo/cifar10-plain.safetensors --patch 5 --locations corners --count 400)
-    attack+=(--threads 1)
+    attack+=(--threads 1 --attack-option steps=20 --attack-option step_size=0.1)
     "${attack[@]}" --defense undefended --out "$OUT/heuristics/corners-undefended"
     for knowledge in model defense; do
       "${attack[@]}" --knowledge $knowledge --defense local-gradient-smoothing \

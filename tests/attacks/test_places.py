@@ -19,6 +19,7 @@ SEARCHES = [
     PlaceSearch(),
     PlaceSearch("gradient", count=7),
     PlaceSearch("trial", stride=3),
+    PlaceSearch("open", stride=3),
     PlaceSearch("random", count=2),
     PlaceSearch("strided", stride=3),
     PlaceSearch("corners"),
@@ -129,6 +130,21 @@ def test_places_depend_on_the_image_and_its_seed_alone(search: PlaceSearch, name
         one = slice(row, row + 1)
         alone = search.choose(THREATS[name], linear(), IMAGES[one], LABELS[one], SEEDS[one])
         assert torch.equal(alone, together[one])
+
+
+def test_places_without_a_certificate_come_first() -> None:
+    threat = pp.SquarePatch(2)
+    trial = choose(PlaceSearch("trial", count=6, stride=1), threat)
+    search = PlaceSearch("open", count=6, stride=1)
+    assert torch.equal(choose(search, threat), trial)
+    is_open = torch.zeros(len(IMAGES), len(threat.regions(SIZE)), dtype=torch.bool)
+    is_open[0, [3, 7, 20]] = True
+    is_open[1] = True
+    places = search.choose(threat, linear(), IMAGES, LABELS, SEEDS, is_open)[..., 0]
+    assert set(places[0, :3].tolist()) == {3, 7, 20}
+    rest = [place for place in trial[0, :, 0].tolist() if place not in (3, 7, 20)]
+    assert places[0, 3:].tolist() == rest[:3]
+    assert torch.equal(places[1:], trial[1:, :, 0])
 
 
 def test_random_places_are_spread_over_all() -> None:

@@ -10,8 +10,8 @@ import torch
 from halves import BrighterHalf, make_defense, make_detector, make_halves
 from torch import Tensor
 
-from patchproof import PatchproofError, RunError, SquarePatch, Undefended
-from patchproof.attacks import PatchPGD, PlaceSearch, PrintablePatch, UniversalAttack
+from patchproof import PatchproofError, RunError, SquarePatch, Undefended, Verdict
+from patchproof.attacks import PatchPGD, PlaceSearch, PrintablePatch, UniversalAttack, Victim
 from patchproof.datasets import ImageDataset
 from patchproof.evaluation import attack as attack_module
 from patchproof.evaluation import attack_dataset, certify_dataset, read_result
@@ -113,6 +113,18 @@ def test_an_attacker_who_knows_the_model_alone_breaks_fewer(
     unaware = read_result(tmp_path / "model").examples["broken"]
     assert aware.sum() >= unaware.sum()
     assert aware.any()
+
+
+def test_a_victim_knows_where_there_is_no_certificate(halves: ImageDataset) -> None:
+    defense = make_defense()
+    pixels, labels = halves.tensors()
+    victim = Victim.of_defense(defense)
+    assert victim.open_regions is not None
+    verdicts = defense.certify(pixels / 255, labels, stop="never").region_verdicts()
+    is_open = victim.open_regions(pixels / 255, labels)
+    assert is_open.tolist() == (verdicts != Verdict.HOLDS).tolist()
+    assert 0 < is_open.float().mean() < 1
+    assert Victim.of_defense(undefended()).open_regions is None
 
 
 @pytest.mark.parametrize("make", [make_defense, make_detector], ids=lambda make: make.__name__)
