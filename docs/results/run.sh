@@ -262,7 +262,7 @@ PYTHON
         case $data in
           mnist) attack="$patchproof attack --attack ifgsm --places trial --place-count 6" ;;
           cifar10)
-            attack="$patchproof attack --attack ifgsm --places trial --place-count 3 --stride 4"
+            attack="$patchproof attack --attack ifgsm --places gradient --place-count 3"
             attack+=" --attack-option steps=20 --attack-option step_size=0.1"
             ;;
         esac

@@ -143,7 +143,7 @@ def test_a_kind_of_the_future_is_refused(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["identity"]["kind"] = "telepathy"
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(PatchproofError, match="recovery or detection or probable, got 'telepathy'"):
+    with pytest.raises(PatchproofError, match="probable or attack, got 'telepathy'"):
         read_result(tmp_path)
 
 
