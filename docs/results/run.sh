@@ -201,11 +201,6 @@ PYTHON
     done
     $patchproof certify --data "$DATA/mnist" --weights "$best" --patch 5 --gallery 0 --count 1000 \
       --defense interval-bounds --defense-option method=backward --out "$OUT/ibp-backward-5x5"
-    python=$(dirname "$patchproof")/python
-    for patch in 5 2; do
-      $python docs/results/ibp_attack.py --data "$DATA/mnist" --patch $patch \
-        zoo/mnist-ibp-*-${patch}x${patch}-*.safetensors
-    done | tee "$OUT/ibp-attacks.jsonl"
     ;;
   crops)
     # Randomized cropping: the votes of all crops of all test images are recorded once.
@@ -302,11 +297,12 @@ PYTHON
     strong=(--places trial --place-count 6 --stride 3 --restarts 2)
     everywhere=(--places open --place-count 8 --stride 1 --restarts 2)
     few=(--place-count 3) # of defenses that take many forwards
-    for run in ${RUNS:-mnist:5:interval-bounds:ibp-mlp-5x5-guided10 \
-      mnist:5:interval-bounds:ibp-conv2-5x5-random10 mnist:2:interval-bounds:ibp-conv2-2x2-random10 \
-      mnist:sparse=10:interval-bounds:ibp-mlp-sparse10-by-weights \
-      cifar10:5:interval-bounds:ibp-conv2-5x5-random10 \
-      cifar10:5:patchguard:bagnet7-masked2 cifar10:5:patchguard++:bagnet7-masked2 \
+    bounds=$(for weights in zoo/*-ibp-*.safetensors; do
+      name=$(basename "$weights" .safetensors)
+      patch=$(echo "$name" | sed -E 's/.*-(sparse([0-9]+)|([0-9]+)x[0-9]+)-.*/\1/; s/sparse/sparse=/; s/x.*//')
+      echo "${name%%-*}:$patch:interval-bounds:${name#*-}"
+    done)
+    for run in ${RUNS:-$bounds cifar10:5:patchguard:bagnet7-masked2 cifar10:5:patchguard++:bagnet7-masked2 \
       cifar10:5:bagcert:bagnet7-masked2 cifar10:2:clipped-bagnet:bagnet7-clipped \
       cifar10:5:median:bagnet7-masked2 cifar10:5:trimmed-mean:bagnet7-masked2 \
       cifar10:2:top-masking:bagnet7-masked2 mnist:5:derandomized-smoothing:band4 \
