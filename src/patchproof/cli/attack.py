@@ -160,9 +160,8 @@ def attack(
     itself. Ctrl-C keeps what is finished.
     """
     from patchproof.cli.building import (
-        DefenseOptions,
-        ModelOptions,
         choose_slice,
+        chosen_options,
         defend,
         use_threads,
     )
@@ -170,6 +169,7 @@ def attack(
     from patchproof.evaluation import read_result
     from patchproof.evaluation.sandwich import check_sandwich
 
+    options = chosen_options(locals())
     use_threads(threads)
     chosen = _build_attack(
         method,
@@ -183,26 +183,7 @@ def attack(
     dataset = load_dataset(data, split, root=root, image_size=size, download=download)
     dataset = choose_slice(dataset, count, seed, indices)
     attacked, classifier = defend(
-        ModelOptions(
-            weights, model, classes, pretrained, device, opt.parse_model_options(model_option)
-        ),
-        DefenseOptions(
-            defense=defense,
-            patch=patch,
-            covering=covering,
-            locations=locations,
-            masks=masks,
-            multiplicity=multiplicity,
-            layout=layout,
-            shapes=shapes,
-            inference=inference,
-            tau=tau,
-            fill=fill,
-            tolerance=tolerance,
-            batch_size=batch_size,
-            memory=memory,
-            options=opt.parse_defense_options(defense_option),
-        ),
+        *options,
         dataset.image_size,
         dataset.channels,
         len(dataset.class_names),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,13 @@ from patchproof.cli.heuristic_defenses import (
     build_heuristic_defense,
 )
 from patchproof.cli.interval_bounds import INTERVAL_BOUNDS, build_interval_bounds
-from patchproof.cli.options import parse_memory, parse_pair, parse_threat
+from patchproof.cli.options import (
+    parse_defense_options,
+    parse_memory,
+    parse_model_options,
+    parse_pair,
+    parse_threat,
+)
 from patchproof.cli.randomized_cropping import RANDOMIZED_CROPPING, build_randomized_cropping
 from patchproof.results import PatchproofError
 
@@ -111,6 +117,32 @@ class DefenseOptions:
             }.items()
             if is_given
         ]
+
+
+def chosen_options(given: Mapping[str, Any]) -> tuple[ModelOptions, DefenseOptions]:
+    """Return which classifier, attacker and defense the arguments of a command name.
+
+    Args:
+        given: the arguments by their names, those of ``cli.options``; others are not read.
+
+    Raises:
+        PatchproofError: an option of the model or the defense that is not NAME=JSON.
+    """
+    own = [entry.name for entry in fields(DefenseOptions) if entry.name != "options"]
+    return (
+        ModelOptions(
+            given["weights"],
+            given["model"],
+            given["classes"],
+            given["pretrained"],
+            given["device"],
+            parse_model_options(given["model_option"]),
+        ),
+        DefenseOptions(
+            **{name: given[name] for name in own},
+            options=parse_defense_options(given["defense_option"]),
+        ),
+    )
 
 
 @dataclass(frozen=True)

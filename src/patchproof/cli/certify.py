@@ -69,41 +69,22 @@ def certify(
     (--patch or --covering), or a saved --defense. Ctrl-C keeps what is finished.
     """
     from patchproof.cli.building import (
-        DefenseOptions,
-        ModelOptions,
         certifying,
         choose_slice,
+        chosen_options,
         defend,
         use_threads,
     )
     from patchproof.cli.running import certify_and_show
     from patchproof.datasets import load_dataset
 
+    options = chosen_options(locals())
     use_threads(threads)
     size = None if image_size is None else opt.parse_pair("--image-size", image_size)
     dataset = load_dataset(data, split, root=root, image_size=size, download=download)
     dataset = choose_slice(dataset, count, seed, indices)
     defended, classifier = defend(
-        ModelOptions(
-            weights, model, classes, pretrained, device, opt.parse_model_options(model_option)
-        ),
-        DefenseOptions(
-            defense=defense,
-            patch=patch,
-            covering=covering,
-            locations=locations,
-            masks=masks,
-            multiplicity=multiplicity,
-            layout=layout,
-            shapes=shapes,
-            inference=inference,
-            tau=tau,
-            fill=fill,
-            tolerance=tolerance,
-            batch_size=batch_size,
-            memory=memory,
-            options=opt.parse_defense_options(defense_option),
-        ),
+        *options,
         dataset.image_size,
         dataset.channels,
         len(dataset.class_names),

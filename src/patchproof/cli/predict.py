@@ -95,39 +95,16 @@ def predict(
     Images must have the size that the classifier was made for, unless --image-size is given. A file
     that cannot be read is named, the others are still classified, and the exit code is 1.
     """
-    from patchproof.cli.building import (
-        DefenseOptions,
-        ModelOptions,
-        defend,
-        use_threads,
-    )
+    from patchproof.cli.building import chosen_options, defend, use_threads
 
+    model_options, defense_options = chosen_options(locals())
     use_threads(threads)
     size = None if image_size is None else opt.parse_pair("--image-size", image_size)
-    options = DefenseOptions(
-        defense=defense,
-        patch=patch,
-        covering=covering,
-        locations=locations,
-        masks=masks,
-        multiplicity=multiplicity,
-        layout=layout,
-        shapes=shapes,
-        inference=inference,
-        tau=tau,
-        fill=fill,
-        tolerance=tolerance,
-        batch_size=batch_size,
-        memory=memory,
-        options=opt.parse_defense_options(defense_option),
-    )
-    made_for_a_size = options.file is not None or model is None
+    made_for_a_size = defense_options.file is not None or model is None
     size_of_files, channels = (None, None) if made_for_a_size else _survey(files)
     defended, classifier = defend(
-        ModelOptions(
-            weights, model, classes, pretrained, device, opt.parse_model_options(model_option)
-        ),
-        options,
+        model_options,
+        defense_options,
         size or size_of_files,
         channels,
     )

@@ -188,7 +188,8 @@ def _timm(name: str, spec: ModelSpec, pretrained: bool) -> nn.Module:
             in_chans=spec.channels,
             **spec.options,
         )
-    data = resolve_model_data_config(model)  # type: ignore[no-untyped-call]  # timm has no types
+    made_for: Callable[[nn.Module], dict[str, Any]] = resolve_model_data_config
+    data = made_for(model)
     mean, std = (data[key][: spec.channels] for key in ("mean", "std"))
     size = spec.options.get("img_size", data["input_size"][1:])
     height, width = (size, size) if isinstance(size, int) else size
