@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -301,3 +302,24 @@ def test_version(patchproof: Patchproof) -> None:
     code, output, _ = patchproof("--version")
     assert code == 0
     assert output.startswith("patchproof 0.")
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
+def test_freed_memory_is_used_again() -> None:
+    """Blocks of 32 MiB in all take fresh pages each time, unless those that are freed are kept."""
+    program = """
+import resource, sys
+from patchproof.cli.main import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    blocks = [b"x" * 2**22 for _ in range(8)]
+    del blocks
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    default, kept = (
+        int(subprocess.run([sys.executable, "-c", program, name], capture_output=True).stdout)
+        for name in ("default", "keep")
+    )
+    assert kept < default / 4

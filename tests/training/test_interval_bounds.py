@@ -124,13 +124,32 @@ def test_at_the_start_the_loss_is_that_of_the_clean_image():
     images, labels = batch()
     model = network()
     clean = functional.cross_entropy(model(images), labels)
-    for strategy in ("all", "random"):
-        loss = recipe(strategy=strategy).step_loss(Step(model, None, images, labels, None, 0.0))
-        torch.testing.assert_close(loss, clean)
-    sparse = IntervalBoundsRecipe(threat=SparsePixels(2))
-    torch.testing.assert_close(
-        sparse.step_loss(Step(model, None, images, labels, None, 0.0)), clean
-    )
+    for settings in (
+        recipe(strategy="all"),
+        recipe(strategy="random"),
+        recipe(strategy="guided", regions=3),  # its U-Net is not asked, and there is none
+        IntervalBoundsRecipe(threat=SparsePixels(2)),
+    ):
+        settings = replace(settings, clean_start=0.2)
+        for done in (0.0, 0.1, 0.2):
+            loss = settings.step_loss(Step(model, None, images, labels, None, done))
+            assert loss == clean
+
+
+def test_the_interval_grows_from_the_clean_start_on():
+    images, labels = batch()
+    model = network()
+    settings = recipe(strategy="all", clean_start=0.2, growth=0.6)
+
+    def loss(done):
+        return settings.step_loss(Step(model, None, images, labels, None, done)).item()
+
+    bounded = BoundedNetwork(model, (1, 10, 9))
+    half = replace(settings.boxes((1, 10, 9)), epsilon=0.5)
+    margins = bounded.margins(bounded.prepare(images, labels, slack=False), half).amin(0)
+    assert loss(0.4) == pytest.approx(functional.cross_entropy(-margins, labels).item(), rel=1e-5)
+    assert loss(0.2 + 1e-7) == pytest.approx(loss(0.2), rel=1e-4)
+    assert loss(0.2) < loss(0.3) < loss(0.5) < loss(0.6) == loss(1.0)
 
 
 def test_the_learning_rate_halves_once_the_interval_is_whole():
@@ -145,6 +164,8 @@ def test_the_learning_rate_halves_once_the_interval_is_whole():
         ({"strategy": "some"}, "expected a strategy"),
         ({"regions": 0}, "expected regions from 1"),
         ({"growth": 0.0}, "expected growth above 0"),
+        ({"clean_start": 0.7}, "expected clean_start from 0 and below growth, 0.61, got 0.7"),
+        ({"clean_start": -0.1}, "expected clean_start from 0"),
         ({"pool": (2,)}, "expected pool"),
         ({"precision": "bf16-mixed"}, "expected precision 32-true"),
     ],

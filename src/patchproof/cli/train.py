@@ -49,6 +49,7 @@ _TAKEN_BY: dict[str, tuple[str, ...]] = {
     "--crop": ("crops",),
     "--strategy": ("interval-bounds",),
     "--pool": ("interval-bounds",),
+    "--clean-start": ("interval-bounds",),
     "--growth": ("interval-bounds",),
 }
 """The recipes that an option belongs to; all others refuse it."""
@@ -223,11 +224,18 @@ def train(
             rich_help_panel=_BOUNDS,
         ),
     ] = None,
+    clean_start: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the training on clean images alone, at its beginning. By default 0.05.",
+            rich_help_panel=_BOUNDS,
+        ),
+    ] = None,
     growth: Annotated[
         float | None,
         typer.Option(
-            help="Share of the training during which a patch may show more and more; the learning "
-            "rate falls only then. By default 0.61.",
+            help="Share of the training after which a patch may show anything, more and more until "
+            "then; the learning rate falls only from there on. By default 0.61.",
             rich_help_panel=_BOUNDS,
         ),
     ] = None,
@@ -351,6 +359,7 @@ def train(
         "--crop": crop,
         "--strategy": strategy,
         "--pool": pool,
+        "--clean-start": clean_start,
         "--growth": growth,
     }
     for option, value in given.items():
@@ -444,6 +453,7 @@ def train(
                 strategy=kind,
                 regions=regions,
                 pool=parse_pool(pool),
+                clean_start=0.05 if clean_start is None else clean_start,
                 growth=0.61 if growth is None else growth,
                 **common,
             )

@@ -12,8 +12,8 @@ The cross-entropy of the lower bounds of the margins, each at the patch region w
 Against sparse attacks the first layer is bounded by its weights alone (Equation 19), and there are
 no regions to choose.
 
-The patch may at first show what differs little from the image, and more and more of [0, 1] as the
-training goes on (Appendix A.1).
+The training begins with clean images. Then the patch may show what differs little from the image,
+and more and more of [0, 1] as the training goes on (Appendix A.1).
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ class IntervalBoundsRecipe(Recipe):
         regions: how many, of ``random`` and ``guided``; of ``guided`` a multiple of the classes.
         pool: of ``all``, how many adjacent places along each axis are bounded together from the
             first layer on, and how many of these from the second on (bound pooling, Appendix A.3).
-        growth: share of the training during which the interval of a pixel grows from 0 to [0, 1];
-            only then the learning rate starts to fall, by half after every ``halving``.
+        clean_start: share of the training on clean images alone, at the beginning. Deep networks
+            need it: bounds that grow before anything is learned teach them to ignore the image.
+        growth: share of the training after which the interval of a pixel, which has grown from 0
+            since, is [0, 1]; only then the learning rate starts to fall, by half after every
+            ``halving``.
         halving: share of the training.
         guide_width: channels of the U-Net at full resolution.
         certified_images: validation images that are certified after each epoch.
@@ -62,6 +65,7 @@ class IntervalBoundsRecipe(Recipe):
     strategy: Strategy = "random"
     regions: int = 10
     pool: tuple[int, ...] = ()
+    clean_start: float = 0.05
     growth: float = 0.61
     halving: float = 0.1
     guide_width: int = 4
@@ -91,6 +95,11 @@ class IntervalBoundsRecipe(Recipe):
                 raise PatchproofError(
                     f"expected {name} above 0 and up to 1, got {getattr(self, name)}"
                 )
+        if not 0.0 <= self.clean_start < self.growth:
+            raise PatchproofError(
+                f"expected clean_start from 0 and below growth, {self.growth}, "
+                f"got {self.clean_start}"
+            )
         if self.precision != "32-true":
             raise PatchproofError(f"expected precision 32-true, got {self.precision}")
 
@@ -178,8 +187,11 @@ class IntervalBoundsRecipe(Recipe):
 
     def step_loss(self, step: Step) -> Tensor:
         """Return the cross-entropy of the lowest margins, and the error of the guide."""
+        share = (step.done - self.clean_start) / (self.growth - self.clean_start)
+        if share <= 0:
+            return functional.cross_entropy(step.network(step.views), step.labels)
+        share = min(1.0, share)
         bounded = bounded_network(step.network, _shape(step.views))
-        share = min(1.0, step.done / self.growth)
         if isinstance(self.threat, SparsePixels):
             prepared = bounded.prepare(step.views, step.labels, slack=False)
             margins = bounded.margins_of_sparse(

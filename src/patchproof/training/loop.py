@@ -233,6 +233,7 @@ def make_optimizer(recipe: Recipe, network: nn.Module) -> torch.optim.Optimizer:
         groups,
         lr=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
+        fused=True,
     )
 
 
