@@ -304,14 +304,14 @@ def test_version(patchproof: Patchproof) -> None:
     assert output.startswith("patchproof 0.")
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_freed_memory_is_used_again() -> None:
     """Blocks of 32 MiB in all take fresh pages each time, unless those that are freed are kept."""
-    program = """
+    glibc = platform.libc_ver()[0] == "glibc"  # no other library has the setting
+    program = f"""
 import resource, sys
 from patchproof.cli.main import keep_freed_memory
 if sys.argv[1] == "keep":
-    assert keep_freed_memory()
+    assert keep_freed_memory() == {glibc}
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     blocks = [b"x" * 2**22 for _ in range(8)]
@@ -322,4 +322,4 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
         int(subprocess.run([sys.executable, "-c", program, name], capture_output=True).stdout)
         for name in ("default", "keep")
     )
-    assert kept < default / 4
+    assert kept < default / 4 or not glibc
