@@ -9,7 +9,7 @@ from torch import nn
 
 from patchproof.bounds import BoundedNetwork, PatchBoxes, patch_boxes
 from patchproof.bounds.windows import distinct_pairs
-from patchproof.models import ModelSpec, build_model
+from patchproof.models import ModelSpec, SmallResNet, build_model
 from patchproof.results import PatchproofError
 from patchproof.threat import RectanglePatches, SquarePatch, StencilPatch
 from patchproof.threat.regions import Regions
@@ -86,7 +86,11 @@ def networks():
         "scores": nn.Sequential(
             nn.Conv2d(2, 3, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
         ),
+        "maxima": nn.Sequential(
+            nn.Conv2d(2, 5, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(5, 3)
+        ),
         "residual": Residual(),
+        "small-resnet": SmallResNet(3, 2, (2, 3), stem_stride=1),
     }
 
 

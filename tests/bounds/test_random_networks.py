@@ -10,7 +10,7 @@ from torch.nn import functional
 from patchproof.bounds.propagation import BoundedNetwork, PatchBoxes
 from patchproof.threat.regions import Regions
 
-PERCEPTRON = 3
+PERCEPTRON = 4
 """The ending of a random network for which there are backward bounds."""
 
 
@@ -79,13 +79,15 @@ def random_network(seed, ending=None):
         layers.append(layer)
         if draw.random() < 0.6:
             layers.append(nn.ReLU())
-    match draw.randint(0, 3) if ending is None else ending:
+    match draw.randint(0, 4) if ending is None else ending:
         case 0:
             layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(maps.shape[1], 3)]
         case 1:
             layers += [nn.Conv2d(maps.shape[1], 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         case 2:
             layers += [nn.Flatten(), nn.Linear(maps[0].numel(), 4)]
+        case 3:
+            layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(maps.shape[1], 3)]
         case _:
             hidden = nn.Linear(maps[0].numel(), 6), nn.ReLU(), nn.Linear(6, 3)
             layers += [nn.Flatten(), *hidden]

@@ -15,7 +15,12 @@ from patchproof.models import ModelSpec, build_model
 from patchproof.results import PatchproofError
 from patchproof.threat import RectanglePatches, SparsePixels, SquarePatch
 from patchproof.training import IntervalBoundsRecipe, train
-from patchproof.training.interval_bounds import margins_at, tiles, worst_groups
+from patchproof.training.interval_bounds import (
+    margins_at,
+    of_other_classes,
+    tiles,
+    worst_groups,
+)
 from patchproof.training.recipe import Step
 
 SPEC = ModelSpec("ibp-conv2", 3, 1, (10, 9), {"widths": [2, 3], "hidden": [6]})
@@ -67,6 +72,13 @@ def test_a_guide_that_knows_the_margins_finds_the_worst_regions():
     worst = worst_groups(bounded, images, labels, boxes, torch.arange(72)[:, None])
     others = torch.arange(3) != labels[:, None]  # the margin of the label itself is 0 everywhere
     assert torch.equal(drawn[others], worst[others])
+
+
+def test_a_group_that_is_worst_for_several_classes_is_bounded_once():
+    worst = torch.tensor([[7, 2, 7, 9], [3, 3, 3, 3], [1, 5, 8, 5]])
+    chosen = of_other_classes(worst, torch.tensor([3, 0, 0]))
+    assert [set(row) for row in chosen.tolist()] == [{2, 7}, {3}, {5, 8}]
+    assert chosen.shape == (3, 2)
 
 
 def test_the_error_of_the_guide_is_that_of_the_regions_drawn():

@@ -17,6 +17,7 @@ from patchproof.bounds.operators import (
     Convolution,
     Flatten,
     Linear,
+    Maximum,
     MaximumPool,
     Mean,
     Monotone,
@@ -53,11 +54,13 @@ _LAYERS: tuple[type[nn.Module], ...] = (
     nn.MaxPool2d,
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
     nn.Flatten,
 )
 _MODULES = {*_PIECEWISE_LINEAR, *_SMOOTH, *_UNCHANGED, *_LAYERS}
 _RELUS: tuple[Any, ...] = (torch.relu, torch.relu_, functional.relu, functional.relu_)
 _SMOOTH_FUNCTIONS: tuple[Any, ...] = (torch.tanh, torch.sigmoid, functional.tanh)
+_OF_MAPS: tuple[Any, ...] = (torch.mean, Tensor.mean, torch.amax, Tensor.amax)
 
 
 @dataclass(frozen=True, eq=False)
@@ -306,10 +309,14 @@ def _of_module(
                 _pair(module.padding),
                 groups=channels,
             )
-        case nn.AdaptiveAvgPool2d():
+        case nn.AdaptiveAvgPool2d() | nn.AdaptiveMaxPool2d():
             if module.output_size not in (1, (1, 1)):
-                raise _refuse(node, "AdaptiveAvgPool2d to other sizes than 1")
-            return Mean(True, shape[2] * shape[3])
+                raise _refuse(node, f"{kind.__name__} to other sizes than 1")
+            if isinstance(module, nn.AdaptiveAvgPool2d):
+                return Mean(True, shape[2] * shape[3])
+            if module.return_indices:
+                raise _refuse(node, "AdaptiveMaxPool2d with indices")
+            return Maximum(True)
         case nn.Flatten():
             if module.start_dim != 1 or module.end_dim not in (-1, len(shape) - 1):
                 raise _refuse(node, "Flatten of other dimensions than all but the first")
@@ -344,12 +351,13 @@ def _of_function(
         return _flatten(node, root)
     if function is Tensor.contiguous:
         return None
-    if function in (torch.mean, Tensor.mean) and len(shapes[values[0]]) == 4:
+    if function in _OF_MAPS and len(shapes[values[0]]) == 4:
         axes = node.args[1] if len(node.args) == 2 else node.kwargs.get("dim")
         rest = set(node.kwargs) - {"dim", "keepdim"}
         if isinstance(axes, tuple | list) and sorted(a % 4 for a in axes) == [2, 3] and not rest:
-            shape = shapes[values[0]]
-            return Mean(bool(node.kwargs.get("keepdim", False)), shape[2] * shape[3])
+            keep, shape = bool(node.kwargs.get("keepdim", False)), shapes[values[0]]
+            mean = function in (torch.mean, Tensor.mean)
+            return Mean(keep, shape[2] * shape[3]) if mean else Maximum(keep)
     arithmetic = _ARITHMETIC.get(function)
     if arithmetic is not None and len(node.args) == 2 and not node.kwargs:
         name, in_place = arithmetic

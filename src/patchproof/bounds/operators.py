@@ -699,6 +699,35 @@ class Mean(Affine):
         return self._centred(clean, rows(clean.value, given.each) + moved, radius, given.each)
 
 
+class Maximum(Operator):
+    """The maximum of each map: global max pooling, to (N, C) or (N, C, 1, 1)."""
+
+    def __init__(self, keep: bool) -> None:
+        self._keep = keep
+
+    def _largest(self, values: Tensor) -> Tensor:
+        return values.amax((-2, -1), keepdim=self._keep)
+
+    def clean(self, *inputs: Clean) -> Clean:
+        """Return the maxima; rounding moves them by no more than the largest error below them."""
+        (given,) = inputs
+        error = None if given.error is None else self._largest(given.error)
+        return Clean(self._largest(given.value), error)
+
+    def plain(self, *inputs: Box) -> Box:
+        """Return the maxima of both bounds."""
+        ((lower, upper),) = inputs
+        return self._largest(lower), self._largest(upper)
+
+    def propagate(self, clean: Clean, *inputs: Bounds) -> Bounds:
+        """Return bounds of the maxima over the windows and the clean activations around them."""
+        (given,) = inputs
+        if isinstance(given, Windows):
+            given = everywhere(given)
+        lower, upper = self._largest(given.lower), self._largest(given.upper)
+        return Everywhere(clean, lower, upper, given.each)
+
+
 class Flatten(Operator):
     """Flattening to (N, features).
 

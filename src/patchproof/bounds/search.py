@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +16,7 @@ from patchproof.bounds.windows import Windows
 from patchproof.results import PatchproofError
 
 if TYPE_CHECKING:
+    from patchproof.bounds.graph import Step
     from patchproof.bounds.propagation import BoundedNetwork, Prepared
     from patchproof.threat.regions import Regions
 
@@ -120,10 +122,6 @@ class Search:
         the middle outward, where patches win most often. Without screening, each place is a group.
         """
         screen = self.screen
-        step = torch.ones(2, dtype=torch.int64)
-        for operator in (step_.operator for step_ in self.network.steps):
-            if isinstance(operator, Convolution | MaximumPool):
-                step *= torch.tensor(operator.stride)
         starts = boxes.starts
         alone = torch.arange(len(starts))[:, None]
         groups = [(alone, boxes)]
@@ -147,7 +145,7 @@ class Search:
                     groups.append((left, boxes.choose(left[:, 0])))
         ordered = []
         for places, union in groups:
-            phase = (union.starts % step) @ torch.tensor([int(step[1]), 1])
+            phase = phases(self.network.steps, union.starts)
             middle = starts.float().mean(0)
             outward = ((union.starts - middle) ** 2).sum(1).argsort(stable=True)
             order = outward[phase[outward].argsort(stable=True)]
@@ -174,6 +172,19 @@ class Search:
         if network.device.type == "cpu":
             fitting = min(fitting, _CACHE // (4 * largest))
         return max(1, fitting)
+
+
+def phases(steps: Sequence[Step], starts: Tensor) -> Tensor:
+    """Return a number (L,) for places (L, 2), the same where their windows have the same size.
+
+    Those of a number are on the same phase of all strides.
+    """
+    stride = torch.ones(2, dtype=torch.int64)
+    for operator in (step.operator for step in steps):
+        if isinstance(operator, Convolution | MaximumPool):
+            stride *= torch.tensor(operator.stride)
+    phase: Tensor = (starts % stride) @ torch.tensor([int(stride[1]), 1])
+    return phase
 
 
 def regions_together(at_once: int, images: int) -> int:

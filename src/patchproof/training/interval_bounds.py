@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patchproof.bounds import BoundedNetwork, PatchBoxes, patch_boxes
-from patchproof.bounds.search import regions_together
+from patchproof.bounds.search import phases, regions_together
 from patchproof.models import ModelSpec
 from patchproof.models.unet import GuideUNet
 from patchproof.results import PatchproofError
@@ -209,7 +209,8 @@ class IntervalBoundsRecipe(Recipe):
             case "all":
                 groups = tiles(boxes, self.pool)
                 worst = worst_groups(bounded, step.views, step.labels, boxes, groups)
-                margins = margins_at(bounded, step.views, step.labels, boxes, groups[worst])
+                chosen = groups[of_other_classes(worst, step.labels)]
+                margins = margins_at(bounded, step.views, step.labels, boxes, chosen)
                 return certificate_loss(margins.amin(1), step.labels)
             case "guided":
                 guide = step.companion
@@ -312,17 +313,37 @@ def worst_groups(
     bounded: BoundedNetwork, images: Tensor, labels: Tensor, boxes: PatchBoxes, groups: Tensor
 ) -> Tensor:
     """Return for each image and class the group of the lowest margin, (N, classes) int64."""
+    order = phases(bounded.steps, boxes.starts[groups[:, 0]]).argsort(stable=True)
     at_once = regions_together(_AT_ONCE // groups.shape[1], len(images))
     prepared = bounded.prepare(images, labels, slack=False)
     lowest = images.new_full((1,), torch.inf)
     worst = labels.new_zeros(1)
     with bounded.keeping():
-        for chunk in torch.split(torch.arange(len(groups)), at_once):
+        for chunk in torch.split(order, at_once):
             margins = bounded.margins(prepared, boxes.choose(groups[chunk].flatten()))
             least, place = margins.min(0)
             worst = torch.where(least < lowest, chunk.to(place.device)[place], worst)
             lowest = torch.minimum(least, lowest)
     return worst
+
+
+def of_other_classes(worst: Tensor, labels: Tensor) -> Tensor:
+    """Return each image's different groups of classes other than its label, (N, n) int64.
+
+    The label's own margin is 0 in all groups.
+
+    Args:
+        worst: (N, classes) int64.
+        labels: (N,).
+
+    Returns:
+        As many as the image with most of them has; images with fewer have some twice.
+    """
+    columns = torch.arange(worst.shape[1] - 1, device=worst.device)
+    others = worst.gather(1, columns + (columns >= labels[:, None])).sort(1).values
+    again = functional.pad(others[:, 1:] == others[:, :-1], (1, 0))
+    count = int((~again).sum(1).max())
+    return others.gather(1, again.byte().argsort(dim=1, stable=True)[:, :count])
 
 
 def margins_at(
