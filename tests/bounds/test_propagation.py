@@ -6,8 +6,9 @@ from itertools import product
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
-from patchproof.bounds import BoundedNetwork, PatchBoxes, patch_boxes
+from patchproof.bounds import BoundedNetwork, PatchBoxes, operators, patch_boxes
 from patchproof.bounds.windows import distinct_pairs
 from patchproof.models import ModelSpec, SmallResNet, build_model
 from patchproof.results import PatchproofError
@@ -145,6 +146,24 @@ def test_verdicts_do_not_depend_on_how_regions_are_taken_together(name, options)
     assert torch.equal((found > 0)[computed], (expected > 0)[computed])
     assert torch.equal((found > 0).all(1), (expected > 0).all(1))
     assert (found <= expected + 1e-5)[computed].all()
+
+
+@pytest.mark.parametrize("name", ["convolutions", "pools", "groups", "residual"])
+def test_margins_and_gradients_do_not_depend_on_products_row_by_row(name, monkeypatch):
+    images, labels = examples()
+    boxes = patch_boxes(SquarePatch(2).regions((9, 8)))[0][1]
+    found = []
+    for worth in (0, 2**40):
+        monkeypatch.setattr(operators, "_WORTH_BANDS", worth)
+        torch.manual_seed(0)
+        model = networks()[name].eval()
+        network = BoundedNetwork(model, (2, 9, 8))
+        margins = network.margins(network.prepare(images, labels, slack=False), boxes)
+        functional.softplus(-margins).sum().backward()
+        found.append([margins, *(parameter.grad for parameter in model.parameters())])
+    assert all(gradient.abs().sum() > 0 for gradient in found[0][1:])
+    for by_rows, whole in zip(*found, strict=True):
+        torch.testing.assert_close(by_rows, whole, rtol=1e-4, atol=1e-4)
 
 
 def test_margins_of_an_image_do_not_depend_on_the_other_images():

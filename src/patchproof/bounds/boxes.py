@@ -26,7 +26,7 @@ class PatchBoxes:
         epsilon: 1 for any content; less while training warms up.
         joined: how many regions, one after the other, are bounded as one from the first layer on,
             how many of these from the second on, and so forth (Appendix A.3).
-        places: (L, C h w) int64, the pixels of flattened images that they are on, where known.
+        places: (L, h C w) int64, the pixels of flattened images that they are on, where known.
     """
 
     starts: Tensor
@@ -42,7 +42,7 @@ class PatchBoxes:
         shape = self.shape
         inside = inside_map(self.starts, self.size, image_shape[1:])
         if inside is not None:
-            shape = inside[:, 0, 0] if shape is None else shape & inside[:, 0, 0]
+            shape = inside[:, 0, :, 0] if shape is None else shape & inside[:, 0, :, 0]
         return replace(self, shape=shape, places=places(image_shape, self.starts, self.size))
 
     def choose(self, chosen: Tensor) -> PatchBoxes:
@@ -87,21 +87,22 @@ def pixel_bounds(clean: Clean, boxes: PatchBoxes) -> Windows:
     if boxes.places is None:
         boxes = boxes.on((channels, height, width))
     assert boxes.places is not None
+    rows, columns = boxes.size
     index = boxes.places.to(images.device)
     if boxes.each is None:
         before = torch.index_select(clean.by_place, 0, index.flatten())
-        before = before.reshape(len(index), channels, *boxes.size, count).permute(0, 4, 1, 2, 3)
+        before = before.reshape(len(index), rows, channels, columns, count).permute(0, 4, 1, 2, 3)
     else:
         before = clean.by_place.T.gather(1, index.reshape(count, -1))
-        before = before.reshape(len(index), 1, channels, *boxes.size)
+        before = before.reshape(len(index), 1, rows, channels, columns)
     if boxes.epsilon >= 1:
         shift = 0.5 - before
-        radius = before.new_full((len(boxes.starts), 1, channels, *boxes.size), 0.5)
+        radius = before.new_full((len(boxes.starts), 1, rows, channels, columns), 0.5)
     else:
         lower = (before - boxes.epsilon).clamp(min=0)
         upper = (before + boxes.epsilon).clamp(max=1)
         shift, radius = (lower + upper) / 2 - before, (upper - lower) / 2
     if boxes.shape is not None:
-        shape = boxes.shape[:, None, None].to(images.device)
+        shape = boxes.shape[:, None, :, None].to(images.device)
         shift, radius = shift * shape, radius * shape
     return Windows(clean, shift, radius, boxes.starts, boxes.each, index)

@@ -9,7 +9,8 @@ from there on.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,6 +44,8 @@ _FEW = 16
 """Channels of a convolution up to which its matrix on a window may be quicker."""
 _MOST_WASTE = 4
 """Multiplications by that matrix for each of the convolution, where it is."""
+_WORTH_BANDS = 2**13
+"""Values of that matrix from which it pays to leave out the zeros of each row of outputs."""
 
 Bounds = Windows | Everywhere | Centred
 Box = tuple[Tensor, Tensor]
@@ -73,6 +76,17 @@ class Operator(ABC):
     def _scaled(self, values: Tensor, factor: Tensor | float) -> Tensor:
         """Return own results times a factor, in their own memory where there are no gradients."""
         return values * factor if self.kept is None else values.mul_(factor)
+
+    def _on_map(self, windows: Windows) -> Windows:
+        """Return own windows with 0 where they stick out of the maps."""
+        height, width = windows.clean.value.shape[2:]
+        inside = inside_map(windows.starts, windows.size, (height, width))
+        if inside is None:
+            return windows
+        # laid out as the windows are: products with rows that are one channel wide are slow
+        inside = inside.expand(-1, -1, -1, windows.shift.shape[3], -1).to(windows.shift)
+        shift, radius = (self._scaled(values, inside) for values in (windows.shift, windows.radius))
+        return replace(windows, shift=shift, radius=radius)
 
     @abstractmethod
     def clean(self, *inputs: Clean) -> Clean:
@@ -237,7 +251,7 @@ class Linear(Weighted):
 def weight_columns(
     weight: Tensor, shape: torch.Size, starts: Tensor, size: tuple[int, int]
 ) -> Tensor:
-    """Return what windows of maps (C, H, W) are multiplied by, (L, C h w, outputs).
+    """Return what windows of maps (C, H, W) are multiplied by, (L, h C w, outputs).
 
     Args:
         weight: (outputs, C H W).
@@ -357,29 +371,50 @@ class Convolution(Weighted):
         *,
         reuse: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Convolve windows (L, N, C, h, w) at an offset inside zeros of the size ``seen``.
+        """Convolve windows (L, N, h, C, w) at an offset inside zeros of the size ``seen``.
 
         Windows are hardly larger than the kernel, so that nearly every output sees nearly every
         input: where few channels make the matrix of the convolution small, it is multiplied.
         """
-        few = max(shift.shape[2], len(self.weight)) <= _FEW
+        few = max(shift.shape[3], len(self.weight)) <= _FEW
         few = few and shift[0, 0].numel() <= _MOST_WASTE * self.terms * self.groups
         matrix = self._matrix(shift, offset, seen) if few else None
+        bands = [] if matrix is None else self._bands(shift, offset[0], matrix.shape[1], size[0])
         results = []
         for values, absolute in ((shift, False), (radius, True)):
+            flat = values.flatten(0, 1)
             if matrix is None:
-                maps = padded(values.flatten(0, 1), offset, seen)
-                result = self._convolve(maps, None, (0, 0), absolute=absolute)
+                maps = padded(flat, offset, seen).transpose(1, 2)
+                result = self._convolve(maps, None, (0, 0), absolute=absolute).transpose(1, 2)
             else:
-                flat = values.flatten(2).flatten(0, 1)
-                out = self._buffer(f"{absolute}", flat, (len(flat), matrix.shape[1]))
                 part = matrix.abs() if absolute else matrix
-                result = torch.mm(flat, part, out=out if reuse else None)
-            results.append(result.reshape(*values.shape[:2], len(self.weight), *size))
+                out = (
+                    self._buffer(f"{absolute}", flat, (len(flat), matrix.shape[1]))
+                    if reuse
+                    else None
+                )
+                result = banded_product(flat.flatten(1), part, bands, out)
+            results.append(result.reshape(*values.shape[:2], size[0], len(self.weight), size[1]))
         return results[0], results[1]
 
+    def _bands(self, windows: Tensor, top: int, outputs: int, rows_: int) -> list[Band]:
+        """Return which inputs of the matrix each row of outputs sees."""
+        (height, *of_row), each = windows.shape[2:], outputs // rows_
+        inputs = of_row[0] * of_row[1]
+        if height * inputs * outputs < _WORTH_BANDS:
+            return [(slice(0, height * inputs), slice(0, outputs))]
+        extent = (self.weight.shape[2] - 1) * self.dilation[0] + 1
+        first = [row * self.stride[0] - top for row in range(rows_)]
+        return [
+            (
+                slice(max(0, begin) * inputs, max(0, min(height, begin + extent)) * inputs),
+                slice(row * each, (row + 1) * each),
+            )
+            for row, begin in enumerate(first)
+        ]
+
     def _matrix(self, values: Tensor, offset: tuple[int, int], seen: tuple[int, int]) -> Tensor:
-        """Return what flattened windows (..., C, h, w) are multiplied by, (C h w, C' h' w').
+        """Return what flattened windows (..., h, C, w) are multiplied by, (h C w, h' C' w').
 
         A value of it is one weight, or 0.
         """
@@ -388,8 +423,8 @@ class Convolution(Weighted):
         if self.kept is not None and key in self.kept:
             return self.kept[key]
         units = torch.eye(shape.numel(), dtype=values.dtype, device=values.device)
-        maps = padded(units.reshape(-1, *shape), offset, seen)
-        matrix = self._convolve(maps, None, (0, 0), absolute=False).flatten(1)
+        maps = padded(units.reshape(-1, *shape), offset, seen).transpose(1, 2)
+        matrix = self._convolve(maps, None, (0, 0), absolute=False).transpose(1, 2).flatten(1)
         if self.kept is not None:
             self.kept[key] = matrix
         return matrix
@@ -420,11 +455,55 @@ class Convolution(Weighted):
         shift, radius = (in_order(list(part), which) for part in zip(*parts, strict=True))
         if clean.error is not None:
             radius = self._scaled(radius, widening(self.terms))
-        on_map = inside_map(first, size, shape)
-        if on_map is not None:
-            on_map = on_map.to(shift.device)
-            shift, radius = self._scaled(shift, on_map), self._scaled(radius, on_map)
-        return Windows(clean, shift, radius, first, given.each)
+        return self._on_map(Windows(clean, shift, radius, first, given.each))
+
+
+Band = tuple[slice, slice]
+"""Inputs and outputs of a matrix: these outputs see no other inputs."""
+
+
+def banded_product(
+    values: Tensor, matrix: Tensor, bands: Sequence[Band], out: Tensor | None = None
+) -> Tensor:
+    """Return values (P, inputs) times a matrix (inputs, outputs) that is 0 outside of its bands.
+
+    Args:
+        values: (P, inputs).
+        matrix: (inputs, outputs).
+        bands: each output in one of them.
+        out: memory for the result, where there are no gradients.
+    """
+    if out is None:
+        product: Tensor = _BandedProduct.apply(values, matrix, bands)
+        return product
+    for inputs, outputs in bands:
+        torch.mm(values[:, inputs], matrix[inputs, outputs], out=out[:, outputs])
+    return out
+
+
+class _BandedProduct(torch.autograd.Function):
+    """``banded_product`` with gradients, those of each band added up in place."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, matrix: Tensor, bands: Sequence[Band]) -> Tensor:
+        """Return the product, (P, outputs)."""
+        ctx.save_for_backward(values, matrix)
+        ctx.bands = bands
+        return banded_product(values, matrix, bands, values.new_empty(len(values), matrix.shape[1]))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Return the gradients of the values and the matrix, where they are wanted."""
+        values, matrix = ctx.saved_tensors
+        (gradient,) = gradients
+        of_values = torch.zeros_like(values) if ctx.needs_input_grad[0] else None
+        of_matrix = torch.zeros_like(matrix) if ctx.needs_input_grad[1] else None
+        for inputs, outputs in ctx.bands:
+            if of_values is not None:
+                of_values[:, inputs].addmm_(gradient[:, outputs], matrix[inputs, outputs].T)
+            if of_matrix is not None:
+                of_matrix[inputs, outputs] = values[:, inputs].T @ gradient[:, outputs]
+        return of_values, of_matrix, None
 
 
 def reach(
@@ -502,7 +581,7 @@ class Scale(Affine):
         (given,) = inputs
         if not isinstance(given, Windows):
             return self.everywhere(clean, given)
-        factor, _ = self._shaped(given.clean.value)
+        factor = self._shaped(given.clean.value)[0].flatten(1)  # (C, 1)
         radius = given.radius * factor.abs()
         if clean.error is not None:
             radius = widened(radius, self.terms)
@@ -565,15 +644,18 @@ class Monotone(Operator):
         if not self.is_relu or self.kept is None:
             before = given.cut(given.clean.value)
             radius = given.radius if error is None else given.radius + given.cut(error)
-            centre = before + given.shift
+            centre = given.shift + before
             lower = self._outward(centre - radius, -slack)
             upper = self._outward(centre + radius, slack)
             return (lower + upper) / 2 - self._function(before), (upper - lower) / 2
         buffer = partial(self._buffer, like=given.shift, shape=tuple(given.shift.shape))
         before = given.cut(given.clean.value, out=buffer("before"))
-        most = 0.0 if error is None else rows(error.amax((2, 3), keepdim=True), given.each)
+        most: Tensor | float = 0.0
+        if error is not None:  # laid out by columns, as sums with single numbers are slow
+            most = given.clean.largest_error.expand(-1, -1, -1, given.size[1])
+            most = rows(most.contiguous(), given.each)
         radius = torch.add(given.radius.expand_as(given.shift), most, out=buffer("radius"))
-        upper = torch.add(before, given.shift, out=buffer("high"))
+        upper = torch.add(given.shift, before, out=buffer("high"))
         lower = torch.sub(upper, radius, out=buffer("low")).relu_()
         upper = upper.add_(radius).relu_()
         radius = torch.sub(upper, lower, out=radius).mul_(0.5)
@@ -600,15 +682,8 @@ class Monotone(Operator):
         if isinstance(given, Everywhere):
             lower, upper = self._outward(given.lower, -slack), self._outward(given.upper, slack)
             return Everywhere(clean, lower, upper, given.each)
-        shift, radius = self._of_windows(given, slack)
-        size = given.size
-        on_map = inside_map(
-            given.starts, size, (given.clean.value.shape[2], given.clean.value.shape[3])
-        )
-        if on_map is not None:
-            on_map = on_map.to(shift.device)
-            shift, radius = self._scaled(shift, on_map), self._scaled(radius, on_map)
-        return Windows(clean, shift, radius, given.starts, given.each)
+        windows = Windows(clean, *self._of_windows(given, slack), given.starts, given.each)
+        return self._on_map(windows) if slack or not self._exact else windows
 
 
 class MaximumPool(Operator):
@@ -659,7 +734,7 @@ class MaximumPool(Operator):
         shift = placed(given.shift, offsets, needed)
         radius = placed(given.radius, offsets, needed)
         lower, upper = (
-            _over_pairs(partial(self._pool, padding=(0, 0)), bound)
+            _over_pairs(partial(self._pool, padding=(0, 0)), bound.transpose(2, 3)).transpose(2, 3)
             for bound in (value - error + shift - radius, value + error + shift + radius)
         )
         base = cut(clean.value, first, size, given.each)
@@ -693,9 +768,9 @@ class Mean(Affine):
         if not isinstance(given, Windows):
             return self.everywhere(clean, given)
         cells = given.clean.value[0, 0].numel()
-        moved, radius = (
-            values.sum((3, 4), keepdim=self._keep) / cells for values in (given.shift, given.radius)
-        )
+        moved, radius = (values.sum((2, 4)) / cells for values in (given.shift, given.radius))
+        if self._keep:
+            moved, radius = moved[..., None, None], radius[..., None, None]
         return self._centred(clean, rows(clean.value, given.each) + moved, radius, given.each)
 
 
@@ -812,8 +887,8 @@ def _over_pairs(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
 def everywhere(given: Windows) -> Everywhere:
     """Return bounds of all activations of maps, windows being part of them."""
     height, width = given.clean.value.shape[2:]
-    shift = placed(given.shift, given.starts, (height, width))
-    radius = placed(given.radius, given.starts, (height, width))
+    shift = placed(given.shift, given.starts, (height, width)).transpose(2, 3)
+    radius = placed(given.radius, given.starts, (height, width)).transpose(2, 3)
     centre = rows(given.clean.value, given.each) + shift
     if given.clean.error is not None:
         radius = radius + rows(given.clean.error, given.each)
@@ -836,18 +911,17 @@ def pooled(given: Bounds, count: int) -> Bounds:
     Bound pooling (Appendix A.3): the least lower and the largest upper bounds of the group.
     """
     each = None if given.each is None else given.each // count
+    if isinstance(given, Windows):
+        starts = given.starts.reshape(-1, count, 2)
+        first = starts.amin(1)
+        offsets = (starts - first[:, None]).flatten(0, 1)
+        height, width = (offsets.amax(0) + torch.tensor(given.size)).tolist()
+        lower = placed(given.shift - given.radius, offsets, (height, width))
+        upper = placed(given.shift + given.radius, offsets, (height, width))
+    else:
+        lower, upper = given.lower, given.upper
+    lowest = lower.reshape(-1, count, *lower.shape[1:]).amin(1)
+    highest = upper.reshape(-1, count, *upper.shape[1:]).amax(1)
     if not isinstance(given, Windows):
-        lower, upper = (
-            bound.reshape(-1, count, *bound.shape[1:]) for bound in (given.lower, given.upper)
-        )
-        return Everywhere(given.clean, lower.amin(1), upper.amax(1), each)
-    starts = given.starts.reshape(-1, count, 2)
-    first = starts.amin(1)
-    offsets = (starts - first[:, None]).flatten(0, 1)
-    height, width = (offsets.amax(0) + torch.tensor(given.size)).tolist()
-    lower, upper = (
-        placed(bound, offsets, (height, width)).reshape(-1, count, *bound.shape[1:3], height, width)
-        for bound in (given.shift - given.radius, given.shift + given.radius)
-    )
-    lowest, highest = lower.amin(1), upper.amax(1)
+        return Everywhere(given.clean, lowest, highest, each)
     return Windows(given.clean, (lowest + highest) / 2, (highest - lowest) / 2, first, each)

@@ -3,7 +3,8 @@
 Outside the window of a region, an activation is the clean image's whatever the patch shows. Inside
 it lies in ``clean + shift +- radius``. Where a layer is affine, shift and radius go through it
 without its bias, and zeros stand for all that lies outside: only windows are computed, for many
-regions at once.
+regions at once. A window is held row by row, all channels of a row together, (h, C, w): what one
+row of outputs sees then lies together in memory.
 
 Rounding. ``clean`` is computed in float32, and so is what ``predict`` says of an attacked image.
 ``error`` bounds how far either is from exact arithmetic, where nothing is attacked: for a dot
@@ -68,6 +69,12 @@ class Clean:
         """The activations (N, C, H, W) by place, and zeros after the last, (C H W + 1, N)."""
         return functional.pad(self.value.flatten(1).T, (0, 0, 0, 1))
 
+    @cached_property
+    def largest_error(self) -> Tensor:
+        """The largest error on each map of activations (N, C, H, W), (N, 1, C, 1)."""
+        assert self.error is not None
+        return self.error.amax((2, 3))[:, None, :, None]
+
 
 @dataclass(frozen=True, eq=False)
 class Windows:
@@ -75,9 +82,9 @@ class Windows:
 
     Attributes:
         clean: of the clean images.
-        shift: (L, N, C, h, w), the centre of the bounds minus the clean activation; (L, 1, ...) if
+        shift: (L, N, h, C, w), the centre of the bounds minus the clean activation; (L, 1, ...) if
             each region goes with one image.
-        radius: (L, N, C, h, w), or (L, 1, ...) if all images have the same.
+        radius: (L, N, h, C, w), or (L, 1, ...) if all images have the same.
         starts: (L, 2) int64, row and column of each window's first activation; windows may stick
             out, shift and radius are 0 there.
         each: regions of each image, in the order of the images; None if all go with all.
@@ -94,18 +101,18 @@ class Windows:
     @property
     def size(self) -> tuple[int, int]:
         """Return (h, w) of the windows."""
-        return self.shift.shape[3], self.shift.shape[4]
+        return self.shift.shape[2], self.shift.shape[4]
 
     @property
     def places(self) -> Tensor:
-        """Which activations of flattened maps the windows are on, (L, C h w); C H W outside."""
+        """Which activations of flattened maps the windows are on, (L, h C w); C H W outside."""
         if self.known_places is not None:
             return self.known_places
         value = self.clean.value
         return places(value.shape[1:], self.starts, self.size).to(value.device)
 
     def cut(self, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """Return the windows of values (N, C, H, W), (L, N, C, h, w)."""
+        """Return the windows of values (N, C, H, W), (L, N, h, C, w)."""
         return cut(values, self.starts, self.size, self.each, out=out)
 
 
@@ -183,41 +190,32 @@ def cut(
         out: memory for the result, where there are no gradients.
 
     Returns:
-        (L, N, C, h, w), or (L, 1, C, h, w) with ``each``.
+        (L, N, h, C, w), or (L, 1, h, C, w) with ``each``; windows of one map may lie together.
     """
-    (height, width), (rows_, columns) = values.shape[2:], size
-    first, last = starts.amin(0).tolist(), starts.amax(0).tolist()
-    top, left = max(0, -first[0]), max(0, -first[1])
-    bottom = max(0, last[0] + rows_ - height)
-    right = max(0, last[1] + columns - width)
-    if top or left or bottom or right:
-        values = functional.pad(values, (left, right, top, bottom), value=outside)
-    corners = starts + torch.tensor([top, left])
-    inside = torch.arange(rows_)[:, None] * values.shape[3] + torch.arange(columns)
-    index = corners @ torch.tensor([values.shape[3], 1])
-    index = (index[:, None] + inside.flatten()).to(values.device)  # (L, h w)
-    if each is None:  # of a table, whose gradient is one table for all windows
-        chosen = torch.index_select(values.flatten(2).flatten(0, 1), 1, index.flatten())
-        chosen = chosen.reshape(*values.shape[:2], len(starts), *size).permute(2, 0, 1, 3, 4)
-        return chosen.contiguous() if out is None else out.copy_(chosen)
-    index = index.reshape(len(values), 1, -1)
-    chosen = values.flatten(2).gather(2, index.expand(-1, values.shape[1], -1))
-    chosen = chosen.reshape(len(values), values.shape[1], each, *size)
-    return chosen.transpose(1, 2).flatten(0, 1)[:, None]
+    channels, (height, width) = values.shape[1], size
+    index = places(values.shape[1:], starts, size).to(values.device)
+    flat = functional.pad(values.flatten(1), (0, 1), value=outside)
+    if each is not None:
+        chosen = flat.gather(1, index.reshape(len(values), -1))
+        return chosen.reshape(len(starts), 1, height, channels, width)
+    # of a table, whose gradient is one table for all windows
+    out = None if out is None else out.view(len(values), -1)
+    chosen = torch.index_select(flat, 1, index.flatten(), out=out)
+    return chosen.reshape(len(values), len(starts), height, channels, width).transpose(0, 1)
 
 
 def places(shape: tuple[int, ...], starts: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return which activations of maps (C, H, W) windows are on, (L, C h w); C H W outside."""
+    """Return which activations of maps (C, H, W) windows are on, (L, h C w); C H W outside."""
     channels, height, width = shape
     row, column = (starts[:, axis, None] + torch.arange(length) for axis, length in enumerate(size))
-    on_map = ((row >= 0) & (row < height))[:, :, None] & ((column >= 0) & (column < width))[:, None]
-    place = (row[:, :, None] * width + column[:, None]).flatten(1)
-    place = place[:, None] + torch.arange(channels)[:, None] * (height * width)
-    return place.where(on_map.flatten(1)[:, None], channels * height * width).flatten(1)
+    row, column = row[:, :, None, None], column[:, None, None]
+    on_map = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    place = (torch.arange(channels)[:, None] * height + row) * width + column
+    return place.where(on_map, channels * height * width).flatten(1)
 
 
 def inside_map(starts: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor | None:
-    """Return which activations of the windows are on the map, (L, 1, 1, h, w); None if all are."""
+    """Return which activations of the windows are on the map, (L, 1, h, 1, w); None if all are."""
     last = starts.amax(0) + torch.tensor(size)
     if int(starts.amin()) >= 0 and bool((last <= torch.tensor(shape)).all()):
         return None
@@ -225,7 +223,7 @@ def inside_map(starts: Tensor, size: tuple[int, int], shape: tuple[int, int]) ->
     for axis in (0, 1):
         place = starts[:, axis, None] + torch.arange(size[axis])
         on_map.append((place >= 0) & (place < shape[axis]))
-    return (on_map[0][:, :, None] & on_map[1][:, None, :])[:, None, None]
+    return (on_map[0][:, :, None] & on_map[1][:, None])[:, None, :, None]
 
 
 def distinct_pairs(pairs: Tensor) -> tuple[Tensor, Tensor]:
@@ -240,7 +238,7 @@ def distinct_pairs(pairs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def placed(values: Tensor, offsets: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return windows (L, N, C, h, w) inside larger ones of zeros, each at its offset (L, 2).
+    """Return windows (L, N, h, C, w) inside larger ones of zeros, each at its offset (L, 2).
 
     What lies beyond the size is cut off.
     """
@@ -253,12 +251,12 @@ def placed(values: Tensor, offsets: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def padded(values: Tensor, offset: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Return windows (..., h, w) inside ones of zeros of ``size``, cut off where they stick out."""
+    """Return windows (..., h, C, w) inside zeros of ``size``, cut off where they stick out."""
     (top, left), (height, width) = offset, size
-    rows_, columns = values.shape[-2:]
+    rows_, channels, columns = values.shape[-3:]
     if not (-rows_ < top < height and -columns < left < width):
-        return values.new_zeros(*values.shape[:-2], height, width)
-    around = (left, width - left - columns, top, height - top - rows_)
+        return values.new_zeros(*values.shape[:-3], height, channels, width)
+    around = (left, width - left - columns, 0, 0, top, height - top - rows_)
     return functional.pad(values, around)
 
 
