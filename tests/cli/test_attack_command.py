@@ -22,6 +22,9 @@ SHARED = (
 )
 QUICK = "--attack-option steps=2 --attack-option step_size=1 --place-count 3"
 
+NOT_IGNORED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+"""What starts programs in the background may have Ctrl-C ignored."""
+
 
 def examples(folder: Path) -> pd.DataFrame:
     return pd.concat(map(pd.read_parquet, sorted(folder.glob("examples-*.parquet"))))
@@ -106,7 +109,8 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 
 def test_ctrl_c_keeps_what_is_finished(workplace: Path) -> None:
     command = [
-        *(sys.executable, "-c", "from patchproof.cli.main import main; main()", "attack"),
+        *(sys.executable, "-c", f"{NOT_IGNORED}from patchproof.cli.main import main; main()"),
+        "attack",
         *SHARED.split(),
         *QUICK.split(),
         *("--out", "attacked"),

@@ -61,7 +61,7 @@ class Search:
                         torch.arange(len(members)), regions_together(at_once, len(batch))
                     ):
                         if self.stop:
-                            keep = ~(lowest[batch] <= 0).any(1)
+                            keep = ~(lowest[batch] <= 0).any(1).cpu()
                             if not keep.any():
                                 break
                             if keep.float().mean() < _WORTH_LEAVING:

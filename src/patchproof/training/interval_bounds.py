@@ -209,7 +209,7 @@ class IntervalBoundsRecipe(Recipe):
             case "all":
                 groups = tiles(boxes, self.pool)
                 worst = worst_groups(bounded, step.views, step.labels, boxes, groups)
-                chosen = groups[of_other_classes(worst, step.labels)]
+                chosen = groups[of_other_classes(worst, step.labels).cpu()]
                 margins = margins_at(bounded, step.views, step.labels, boxes, chosen)
                 return certificate_loss(margins.amin(1), step.labels)
             case "guided":
