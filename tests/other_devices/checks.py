@@ -9,7 +9,7 @@ import pytest
 import torch
 from feature_models import mild_images
 from pretended import DEVICE
-from test_attack_contract import ATTACKS
+from test_attack_contract import ATTACKS, universal
 from test_surrogates import CASES, defense_of, lead
 from torch import Tensor, nn
 from victims import THREATS, convolutional, examples
@@ -18,10 +18,30 @@ import patchproof as pp
 from patchproof.attacks import Victim
 from patchproof.bounds import BoundedNetwork
 from patchproof.models import ModelSpec, build_model
-from patchproof.training.interval_bounds import IntervalBoundsRecipe
+from patchproof.training import (
+    AblationRecipe,
+    BagCertRecipe,
+    ClippedRecipe,
+    CropRecipe,
+    CutoutRecipe,
+    IntervalBoundsRecipe,
+    MaskedEvidenceRecipe,
+    RankRecipe,
+    Recipe,
+)
 from patchproof.training.recipe import Step
 
 SPEC = {name: ModelSpec(name, 10, 1, (12, 12)) for name in ("ibp-mlp", "ibp-conv2", "ibp-conv4")}
+
+RECIPES: dict[str, tuple[Recipe, str, dict[str, Any]]] = {
+    "cutout": (CutoutRecipe(square_sizes=(2, 5)), "tiny-resnet", {}),
+    "ablation": (AblationRecipe(ablation=pp.Ablation("column", 4)), "band-resnet", {}),
+    "crops": (CropRecipe(crop_size=(5, 5)), "crop-resnet9", {"crop": [5, 5]}),
+    "masked evidence": (MaskedEvidenceRecipe(window=(3, 3), masks=2), "bagnet", {}),
+    "clipped": (ClippedRecipe(), "bagnet", {}),
+    "bagcert": (BagCertRecipe(margin=0.2), "bagnet", {}),
+    "trimmed mean": (RankRecipe(statistic="trimmed-mean", trim=3), "bagnet", {}),
+}
 
 
 def test_tensors_of_two_devices_do_not_mix() -> None:
@@ -59,16 +79,37 @@ def test_a_defense_says_what_it_does_on_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("threat", ["square", "two squares", "any four pixels"])
-@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("attack", [*ATTACKS, "universal"])
 def test_an_attack_finds_what_it_does_on_the_cpu(attack: str, threat: str) -> None:
+    if attack == "universal" and threat != "square":
+        pytest.skip("a pasted patch has one shape")
+    tested = ATTACKS[attack] if attack in ATTACKS else universal(THREATS[threat])
     model = convolutional()
     images, labels = examples(4, model)
     victims = Victim.of_model(model), Victim.of_model(copy.deepcopy(model).to(DEVICE))
-    here, there = (
-        ATTACKS[attack].run(victim, images, labels, threat=THREATS[threat]) for victim in victims
-    )
+    here, there = (tested.run(victim, images, labels, threat=THREATS[threat]) for victim in victims)
     assert torch.equal(here.images, there.images.cpu())
     assert torch.equal(here.broken, there.broken.cpu())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_training_steps_are_those_of_the_cpu(name: str) -> None:
+    recipe, architecture, options = RECIPES[name]
+    spec = ModelSpec(architecture, 3, 1, (12, 12), options)
+    torch.manual_seed(0)
+    model = build_model(spec).eval()
+    images, labels = torch.rand(4, 1, 12, 12), torch.tensor([0, 1, 2, 0])
+    drawn = recipe.draw(spec, len(images))
+    losses = []
+    for net, device in ((model, "cpu"), (copy.deepcopy(model).to(DEVICE), DEVICE)):
+        listed = None if drawn is None else drawn.to(device)
+        torch.manual_seed(1)
+        step = Step(net, None, images.to(device), labels.to(device), listed, 0.5)
+        losses.append(recipe.step_loss(step))
+        losses[-1].backward()
+        right = recipe.validate(net, step.views, step.labels, listed, slice(0, 4))
+        assert all(correct.device == step.views.device for correct in right.values())
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
 
 
 def networks(name: str) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """A pretended accelerator: its memory is the CPU's, but its tensors do not mix with the CPU's.
 
 It stands in for a GPU where there is none: what would fail on one for a tensor that was left on the
-CPU fails here. ``torch.inference_mode`` does without its bookkeeping meanwhile, which such tensors
-lack.
+CPU fails here. Importing this changes the whole process: ``torch.inference_mode`` does without its
+bookkeeping, which such tensors lack, and ``torch.tensor`` makes them by a copy.
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ class Held(Tensor):
     def __init__(self, held):
         self.held = held
 
+    def tolist(self):
+        return self.held.tolist()
+
     @classmethod
     def __torch_dispatch__(cls, operator, types, args=(), kwargs=None):
         return run(operator, args, kwargs or {})
@@ -101,6 +104,11 @@ def _no_bookkeeping(mode=True):
     return torch.no_grad() if mode else nullcontext()
 
 
+def _tensor(data, *, device=None, _make=torch.tensor, **options):
+    made = _make(data, **options)
+    return made if device is None else made.to(device)
+
+
 def _arange(start, end, step=1, *, dtype=None, layout=None, device=None, pin_memory=None):
     return Held(torch.arange(start, end, step, dtype=dtype))
 
@@ -112,4 +120,5 @@ _ATEN.impl("arange", lambda end, **options: _arange(0, end, **options), "Private
 _ATEN.impl("arange.start", _arange, "PrivateUse1")
 _ATEN.impl("arange.start_step", _arange, "PrivateUse1")
 torch.inference_mode = _no_bookkeeping
+torch.tensor = _tensor
 torch.autograd.set_multithreading_enabled(False)  # else gradients have a thread of the device

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TESTS = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_nothing_is_left_on_the_cpu() -> None:
     folders = [TESTS / name for name in ("other_devices", "defenses", "attacks")]
     checks = subprocess.run(
