@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from test_commands import HEARS_CTRL_C
 
 Patchproof = Callable[[str], tuple[int, str, str]]
 
@@ -21,9 +22,6 @@ SHARED = (
     "--threads 1"
 )
 QUICK = "--attack-option steps=2 --attack-option step_size=1 --place-count 3"
-
-NOT_IGNORED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-"""What starts programs in the background may have Ctrl-C ignored."""
 
 
 def examples(folder: Path) -> pd.DataFrame:
@@ -109,7 +107,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 
 def test_ctrl_c_keeps_what_is_finished(workplace: Path) -> None:
     command = [
-        *(sys.executable, "-c", f"{NOT_IGNORED}from patchproof.cli.main import main; main()"),
+        *(sys.executable, "-c", f"{HEARS_CTRL_C}from patchproof.cli.main import main; main()"),
         "attack",
         *SHARED.split(),
         *QUICK.split(),

@@ -44,12 +44,14 @@ def test_certify_then_report(patchproof: Patchproof, workplace: Path) -> None:
     assert patchproof(CERTIFY)[0] == 0  # the folder may be certified again
 
 
+HEARS_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+"""Where the tests run in the background, processes start out deaf to Ctrl-C."""
+
+
 def command(line: str) -> list[str]:
     """Return the same command in a process of its own, which writes a shard every image."""
     code = (
-        # where the tests run in the background, processes start out deaf to Ctrl-C
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "import patchproof.evaluation.certify as c; c.SHARD_IMAGES = 1; "
+        f"{HEARS_CTRL_C}import patchproof.evaluation.certify as c; c.SHARD_IMAGES = 1; "
         "from patchproof.cli.main import main; main()"
     )
     return [sys.executable, "-c", code, *line.split()]
