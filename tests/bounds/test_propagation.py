@@ -45,6 +45,19 @@ class Residual(nn.Module):
         return self.last(features.mean((2, 3)))
 
 
+class Extremes(nn.Module):
+    """Maxima of maps that keep their shape, the axes counted from either end."""
+
+    def __init__(self):
+        super().__init__()
+        self.enter = nn.Conv2d(2, 5, 3)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, images):
+        maxima = torch.amax(self.enter(images), dim=(-1, 2), keepdim=True)
+        return self.last(torch.flatten(maxima, 1))
+
+
 def networks():
     """Return networks for images (2, 9, 8) that use every operator."""
     torch.manual_seed(3)
@@ -90,6 +103,7 @@ def networks():
         "maxima": nn.Sequential(
             nn.Conv2d(2, 5, 3), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(5, 3)
         ),
+        "extremes": Extremes(),
         "residual": Residual(),
         "small-resnet": SmallResNet(3, 2, (2, 3), stem_stride=1),
     }
