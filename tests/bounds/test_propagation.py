@@ -12,7 +12,7 @@ from patchproof.bounds import BoundedNetwork, PatchBoxes, operators, patch_boxes
 from patchproof.bounds.windows import distinct_pairs
 from patchproof.models import ModelSpec, SmallResNet, build_model
 from patchproof.results import PatchproofError
-from patchproof.threat import RectanglePatches, SquarePatch, StencilPatch
+from patchproof.threat import RectanglePatch, RectanglePatches, SquarePatch, StencilPatch
 from patchproof.threat.regions import Regions
 
 
@@ -266,6 +266,21 @@ def test_regions_of_each_image_have_the_gradients_that_all_regions_have(name, pl
     found = torch.autograd.grad(margins.square().sum(), list(model.parameters()))
     for gradient, expected in zip(found, wanted, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["convolutions", "pools"])
+def test_margins_can_be_trained_after_the_same_places_were_certified(name):
+    model = networks()[name].eval()
+    network = BoundedNetwork(model, (2, 9, 8))
+    images, labels = examples()
+    regions = RectanglePatch(4, 5).regions((9, 8))  # of no other test: nothing is remembered yet
+    certified = network.lowest_margins(images, labels, regions)
+    ((_, boxes),) = patch_boxes(regions)
+    margins = network.margins(network.prepare(images, labels, slack=False), boxes)
+    others = margins.scatter(2, labels[None, :, None].expand(len(margins), -1, 1), torch.inf)
+    torch.testing.assert_close(others.amin(2).T, certified, rtol=1e-3, atol=1e-3)
+    gradients = torch.autograd.grad(margins.sum(), list(model.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
 def test_an_activation_leaves_what_others_take_of_an_affine_layer():

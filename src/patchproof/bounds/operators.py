@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from patchproof.bounds.windows import (
     padded,
     placed,
     places,
+    remembered,
     rows,
     widened,
     widening,
@@ -422,9 +423,11 @@ class Convolution(Weighted):
         key = (tuple(shape), offset, seen)
         if self.kept is not None and key in self.kept:
             return self.kept[key]
-        units = torch.eye(shape.numel(), dtype=values.dtype, device=values.device)
-        maps = padded(units.reshape(-1, *shape), offset, seen).transpose(1, 2)
-        matrix = self._convolve(maps, None, (0, 0), absolute=False).transpose(1, 2).flatten(1)
+        numbers = _numbers_of_weights(
+            self.weight.shape, shape, offset, seen, self.stride, self.dilation, self.groups
+        ).to(values.device)
+        weights = functional.pad(self.weight.flatten(), (1, 0))
+        matrix = weights.index_select(0, numbers.flatten()).reshape(numbers.shape)
         if self.kept is not None:
             self.kept[key] = matrix
         return matrix
@@ -437,7 +440,13 @@ class Convolution(Weighted):
         kernel = self.weight.shape[2:]
         shape = (clean.value.shape[2], clean.value.shape[3])
         first, offsets, size, needed = reach(
-            given, (kernel[0], kernel[1]), self.stride, self.padding, self.dilation, shape
+            given.starts,
+            given.size,
+            (kernel[0], kernel[1]),
+            self.stride,
+            self.padding,
+            self.dilation,
+            shape,
         )
         distinct, which = distinct_pairs(offsets)
         shifts, radii = given.shift, given.radius
@@ -456,6 +465,38 @@ class Convolution(Weighted):
         if clean.error is not None:
             radius = self._scaled(radius, widening(self.terms))
         return self._on_map(Windows(clean, shift, radius, first, given.each))
+
+
+@lru_cache(maxsize=2**7)
+def _numbers_of_weights(
+    weight: torch.Size,
+    window: torch.Size,
+    offset: tuple[int, int],
+    seen: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """Return which weight, from 1, each output has for each input of a window, or 0 for none.
+
+    Args:
+        weight: (outputs, inputs / groups, rows, columns) of a convolution.
+        window: (h, C, w).
+        offset: of the window inside zeros.
+        seen: the size of these.
+        stride: of the convolution, as are dilation and groups.
+        dilation: along each axis.
+        groups: of channels.
+
+    Returns:
+        (h C w, h' C' w') int64.
+    """
+    with torch.inference_mode(False):  # else it could not be trained through
+        numbers = torch.arange(1.0, weight.numel() + 1, dtype=torch.float64).reshape(weight)
+        units = torch.eye(window.numel(), dtype=torch.float64).reshape(-1, *window)
+        maps = padded(units, offset, seen).transpose(1, 2)
+        found = functional.conv2d(maps, numbers, None, stride, 0, dilation, groups)
+        return found.transpose(1, 2).flatten(1).round().long()
 
 
 Band = tuple[slice, slice]
@@ -506,15 +547,26 @@ class _BandedProduct(torch.autograd.Function):
         return of_values, of_matrix, None
 
 
+@remembered
 def reach(
-    given: Windows,
+    starts: Tensor,
+    length: tuple[int, int],
     kernel: tuple[int, int],
     stride: tuple[int, int],
     padding: tuple[int, int],
     dilation: tuple[int, int],
     shape: tuple[int, int],
 ) -> tuple[Tensor, Tensor, tuple[int, int], tuple[int, int]]:
-    """Return which outputs of a sliding kernel, a map of a shape (H, W), see the windows.
+    """Return which outputs of a sliding kernel, a map of a shape (H, W), see windows.
+
+    Args:
+        starts: (L, 2) int64 of the windows.
+        length: (h, w) of the windows.
+        kernel: of the sliding kernel, as are stride, padding and dilation.
+        stride: along each axis.
+        padding: along each axis.
+        dilation: along each axis.
+        shape: (H, W) of the outputs.
 
     Returns:
         The first output of each window, (L, 2); how far the input window begins after the first
@@ -523,14 +575,15 @@ def reach(
     """
     steps, before = torch.tensor(stride), torch.tensor(padding)
     extent = (torch.tensor(kernel) - 1) * torch.tensor(dilation)
-    first = -((extent - given.starts - before).div(steps, rounding_mode="floor"))
-    offsets = given.starts - (first * steps - before)
-    length = torch.tensor(given.size)
-    size = (offsets + length - 1).div(steps, rounding_mode="floor").amax(0).clamp(min=0) + 1
+    first = -((extent - starts - before).div(steps, rounding_mode="floor"))
+    offsets = starts - (first * steps - before)
+    size = (offsets + torch.tensor(length) - 1).div(steps, rounding_mode="floor").amax(0).clamp(
+        min=0
+    ) + 1
     most = torch.tensor(shape)
     first = torch.where(size < most, first, 0)  # else all of the map
     size = torch.minimum(size, most)
-    offsets = given.starts - (first * steps - before)
+    offsets = starts - (first * steps - before)
     needed = (size - 1) * steps + extent + 1
     (rows_, columns), (high, wide) = size.tolist(), needed.tolist()
     return first, offsets, (rows_, columns), (high, wide)
@@ -724,7 +777,7 @@ class MaximumPool(Operator):
             return Everywhere(clean, lower, upper, given.each)
         shape = (clean.value.shape[2], clean.value.shape[3])
         first, offsets, size, needed = reach(
-            given, self.kernel, self.stride, self.padding, self.dilation, shape
+            given.starts, given.size, self.kernel, self.stride, self.padding, self.dilation, shape
         )
         seen = first * torch.tensor(self.stride) - torch.tensor(self.padding)
         value = cut(given.clean.value, seen, needed, given.each, -torch.inf)

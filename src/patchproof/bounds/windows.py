@@ -21,8 +21,10 @@ This holds for layers that are summed directly, and not for those that transform
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, update_wrapper
+from typing import TypeVar, TypeVarTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +36,33 @@ SMALLEST = 2.0**-126
 """The rounding error of float32 where products underflow."""
 MOST_TERMS = 2**17
 """Terms of a sum up to which its rounding is proportional to its length."""
+
+_Numbers = TypeVarTuple("_Numbers")
+_Result = TypeVar("_Result")
+_FEW_PLACES = 64
+"""Places up to which what is worked out from them is remembered."""
+
+
+def remembered(
+    function: Callable[[Tensor, *_Numbers], _Result],
+) -> Callable[[Tensor, *_Numbers], _Result]:
+    """Remember what a function makes of few places, (L, 2) int64, and of numbers.
+
+    It is the same for each batch of images, and costs about as much as small layers do. What it
+    returns must not be changed.
+    """
+
+    @lru_cache(maxsize=2**12)
+    def of_few(listed: tuple[tuple[int, ...], ...], numbers: tuple[*_Numbers]) -> _Result:
+        with torch.inference_mode(False):  # else it could not be trained through
+            return function(torch.tensor(listed), *numbers)
+
+    def of_any(places: Tensor, /, *numbers: *_Numbers) -> _Result:
+        if len(places) > _FEW_PLACES:
+            return function(places, *numbers)
+        return of_few(tuple(map(tuple, places.tolist())), numbers)
+
+    return update_wrapper(of_any, function)
 
 
 def gamma(terms: int) -> float:
@@ -207,13 +236,24 @@ def cut(
 def places(shape: tuple[int, ...], starts: Tensor, size: tuple[int, int]) -> Tensor:
     """Return which activations of maps (C, H, W) windows are on, (L, h C w); C H W outside."""
     channels, height, width = shape
-    row, column = (starts[:, axis, None] + torch.arange(length) for axis, length in enumerate(size))
-    row, column = row[:, :, None, None], column[:, None, None]
-    on_map = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    place = (torch.arange(channels)[:, None] * height + row) * width + column
-    return place.where(on_map, channels * height * width).flatten(1)
+    first = _first_window((channels, height, width), size)
+    place = (starts[:, 0] * width + starts[:, 1])[:, None] + first.flatten()
+    inside = inside_map(starts, size, (height, width))
+    if inside is None:
+        return place
+    on_map = inside[:, 0].expand(-1, -1, channels, -1).flatten(1)
+    return place.where(on_map, channels * height * width)
 
 
+@lru_cache
+def _first_window(shape: tuple[int, int, int], size: tuple[int, int]) -> Tensor:
+    """Return which activations of flattened maps (C, H, W) the first window is on, (h, C, w)."""
+    with torch.inference_mode(False):  # else it could not be trained through
+        channel, row, column = (torch.arange(length) for length in (shape[0], *size))
+        return (channel[:, None] * shape[1] + row[:, None, None]) * shape[2] + column
+
+
+@remembered
 def inside_map(starts: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor | None:
     """Return which activations of the windows are on the map, (L, 1, h, 1, w); None if all are."""
     last = starts.amax(0) + torch.tensor(size)
@@ -226,6 +266,7 @@ def inside_map(starts: Tensor, size: tuple[int, int], shape: tuple[int, int]) ->
     return (on_map[0][:, :, None] & on_map[1][:, None])[:, None, :, None]
 
 
+@remembered
 def distinct_pairs(pairs: Tensor) -> tuple[Tensor, Tensor]:
     """Return the different rows of (n, 2) int64, and for each row which of them it is, (n,).
 
