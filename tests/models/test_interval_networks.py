@@ -112,6 +112,14 @@ def test_networks_can_be_built_by_hand() -> None:
     assert model.get_submodule("hidden1").weight.shape == (7, 6 * 5 * 4)
 
 
+def test_networks_can_be_sliced() -> None:
+    model = IntervalConvNet(2, 1, (5, 4), (3,), (1,), (6,), (7,))
+    images = torch.rand(3, 1, 5, 4)
+    assert model[:2](images).shape == (3, 6, 5, 4)
+    assert torch.equal(model[2:](model[:2](images)), model(images))
+    assert model[-1] is model.get_submodule("head")
+
+
 @pytest.mark.parametrize(
     ("channels", "size", "places"),
     [

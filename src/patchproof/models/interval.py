@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,22 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
-class IntervalMLP(nn.Sequential):
+class _Layers(nn.Sequential):
+    """Layers by name, of which a slice is a plain sequence."""
+
+    @overload
+    def __getitem__(self, idx: slice) -> nn.Sequential: ...
+
+    @overload
+    def __getitem__(self, idx: int) -> nn.Module: ...
+
+    def __getitem__(self, idx: slice | int) -> nn.Sequential | nn.Module:
+        if isinstance(idx, slice):
+            return nn.Sequential(OrderedDict(list(self.named_children())[idx]))
+        return super().__getitem__(idx)
+
+
+class IntervalMLP(_Layers):
     """A perceptron on all pixels.
 
     Args:
@@ -74,7 +90,7 @@ class IntervalMLP(nn.Sequential):
         super().__init__(layers)
 
 
-class IntervalConvNet(nn.Sequential):
+class IntervalConvNet(_Layers):
     """Convolutions with ReLU, then a perceptron on all their outputs; nothing is pooled.
 
     A convolution of kernel k is padded with (k - 1) // 2 zeros on each side.
