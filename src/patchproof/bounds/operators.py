@@ -467,7 +467,7 @@ class Convolution(Weighted):
         return self._on_map(Windows(clean, shift, radius, first, given.each))
 
 
-@lru_cache(maxsize=2**7)
+@lru_cache(maxsize=2**6)
 def _numbers_of_weights(
     weight: torch.Size,
     window: torch.Size,
@@ -489,14 +489,14 @@ def _numbers_of_weights(
         groups: of channels.
 
     Returns:
-        (h C w, h' C' w') int64.
+        (h C w, h' C' w') int32.
     """
     with torch.inference_mode(False):  # else it could not be trained through
         numbers = torch.arange(1.0, weight.numel() + 1, dtype=torch.float64).reshape(weight)
         units = torch.eye(window.numel(), dtype=torch.float64).reshape(-1, *window)
         maps = padded(units, offset, seen).transpose(1, 2)
         found = functional.conv2d(maps, numbers, None, stride, 0, dilation, groups)
-        return found.transpose(1, 2).flatten(1).round().long()
+        return found.transpose(1, 2).flatten(1).round().int()
 
 
 Band = tuple[slice, slice]
