@@ -93,7 +93,7 @@ def pixel_bounds(clean: Clean, boxes: PatchBoxes) -> Windows:
         before = torch.index_select(clean.by_place, 0, index.flatten())
         before = before.reshape(len(index), rows, channels, columns, count).permute(0, 4, 1, 2, 3)
     else:
-        before = clean.by_place.T.gather(1, index.reshape(count, -1))
+        before = clean.flat.gather(1, index.reshape(count, -1))
         before = before.reshape(len(index), 1, rows, channels, columns)
     if boxes.epsilon >= 1:
         shift = 0.5 - before

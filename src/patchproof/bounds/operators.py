@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache, partial, reduce
 from typing import Any
 
 import torch
@@ -695,14 +695,14 @@ class Monotone(Operator):
         """Return shift and radius of the activations of what an affine layer gives."""
         error = given.clean.error
         if not self.is_relu or self.kept is None:
-            before = given.cut(given.clean.value)
+            before = given.before()
             radius = given.radius if error is None else given.radius + given.cut(error)
             centre = given.shift + before
             lower = self._outward(centre - radius, -slack)
             upper = self._outward(centre + radius, slack)
             return (lower + upper) / 2 - self._function(before), (upper - lower) / 2
         buffer = partial(self._buffer, like=given.shift, shape=tuple(given.shift.shape))
-        before = given.cut(given.clean.value, out=buffer("before"))
+        before = given.before(buffer("before"))
         most: Tensor | float = 0.0
         if error is not None:  # laid out by columns, as sums with single numbers are slow
             most = given.clean.largest_error.expand(-1, -1, -1, given.size[1])
@@ -964,17 +964,20 @@ def pooled(given: Bounds, count: int) -> Bounds:
     Bound pooling (Appendix A.3): the least lower and the largest upper bounds of the group.
     """
     each = None if given.each is None else given.each // count
-    if isinstance(given, Windows):
-        starts = given.starts.reshape(-1, count, 2)
-        first = starts.amin(1)
-        offsets = (starts - first[:, None]).flatten(0, 1)
-        height, width = (offsets.amax(0) + torch.tensor(given.size)).tolist()
-        lower = placed(given.shift - given.radius, offsets, (height, width))
-        upper = placed(given.shift + given.radius, offsets, (height, width))
-    else:
-        lower, upper = given.lower, given.upper
-    lowest = lower.reshape(-1, count, *lower.shape[1:]).amin(1)
-    highest = upper.reshape(-1, count, *upper.shape[1:]).amax(1)
     if not isinstance(given, Windows):
+        lowest = given.lower.reshape(-1, count, *given.lower.shape[1:]).amin(1)
+        highest = given.upper.reshape(-1, count, *given.upper.shape[1:]).amax(1)
         return Everywhere(given.clean, lowest, highest, each)
+    starts = given.starts.reshape(-1, count, 2)
+    first = starts.amin(1)
+    offsets = starts - first[:, None]
+    height, width = (offsets.amax((0, 1)) + torch.tensor(given.size)).tolist()
+    members = [
+        [
+            placed(bound[member::count], offsets[:, member], (height, width))
+            for member in range(count)
+        ]
+        for bound in (given.shift - given.radius, given.shift + given.radius)
+    ]
+    lowest, highest = reduce(torch.minimum, members[0]), reduce(torch.maximum, members[1])
     return Windows(given.clean, (lowest + highest) / 2, (highest - lowest) / 2, first, each)

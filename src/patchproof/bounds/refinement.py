@@ -108,7 +108,7 @@ def _some(
         shape = given.clean.value.shape[1:]
         columns = weight_columns(first.weight, shape, given.starts, given.size)[regions].double()
         columns = columns.transpose(1, 2)  # (P, outputs, features of the window)
-        before = given.cut(given.clean.value)[regions, images].flatten(1).double()
+        before = given.before()[regions, images].flatten(1).double()
         shift = given.shift[regions, images].flatten(1).double()
         radius = given.radius.expand(-1, given.shift.shape[1], -1, -1, -1)[regions, images]
         radius = radius.flatten(1).double()

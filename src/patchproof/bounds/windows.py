@@ -94,9 +94,14 @@ class Clean:
     error: Tensor | None
 
     @cached_property
+    def flat(self) -> Tensor:
+        """The activations (N, C, H, W) flattened, and a zero after the last, (N, C H W + 1)."""
+        return functional.pad(self.value.flatten(1), (0, 1))
+
+    @cached_property
     def by_place(self) -> Tensor:
-        """The activations (N, C, H, W) by place, and zeros after the last, (C H W + 1, N)."""
-        return functional.pad(self.value.flatten(1).T, (0, 0, 0, 1))
+        """``flat`` by place, (C H W + 1, N)."""
+        return self.flat.T.contiguous()
 
     @cached_property
     def largest_error(self) -> Tensor:
@@ -140,9 +145,18 @@ class Windows:
         value = self.clean.value
         return places(value.shape[1:], self.starts, self.size).to(value.device)
 
-    def cut(self, values: Tensor, out: Tensor | None = None) -> Tensor:
+    def before(self, out: Tensor | None = None) -> Tensor:
+        """Return the windows of the clean activations, (L, N, h, C, w).
+
+        Args:
+            out: memory for them, where there are no gradients.
+        """
+        shape = self.clean.value.shape[1:]
+        return cut_flat(self.clean.flat, shape, self.starts, self.size, self.each, out)
+
+    def cut(self, values: Tensor) -> Tensor:
         """Return the windows of values (N, C, H, W), (L, N, h, C, w)."""
-        return cut(values, self.starts, self.size, self.each, out=out)
+        return cut(values, self.starts, self.size, self.each)
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +220,6 @@ def cut(
     size: tuple[int, int],
     each: int | None = None,
     outside: float = 0.0,
-    out: Tensor | None = None,
 ) -> Tensor:
     """Return windows of maps.
 
@@ -216,21 +229,41 @@ def cut(
         size: (h, w) of the windows.
         each: windows of each map, in the order of the maps; None to cut all from all.
         outside: the value outside of the map.
-        out: memory for the result, where there are no gradients.
 
     Returns:
         (L, N, h, C, w), or (L, 1, h, C, w) with ``each``; windows of one map may lie together.
     """
-    channels, (height, width) = values.shape[1], size
-    index = places(values.shape[1:], starts, size).to(values.device)
     flat = functional.pad(values.flatten(1), (0, 1), value=outside)
+    return cut_flat(flat, values.shape[1:], starts, size, each)
+
+
+def cut_flat(
+    flat: Tensor,
+    shape: torch.Size,
+    starts: Tensor,
+    size: tuple[int, int],
+    each: int | None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return windows of flattened maps of a shape (C, H, W), as ``cut`` does.
+
+    Args:
+        flat: (N, C H W + 1), the value outside of the maps last.
+        shape: (C, H, W).
+        starts: (L, 2), first row and column of each window.
+        size: (h, w) of the windows.
+        each: windows of each map; None to cut all from all.
+        out: memory for the result, where there are no gradients.
+    """
+    channels, (height, width) = shape[0], size
+    index = places(shape, starts, size).to(flat.device)
     if each is not None:
-        chosen = flat.gather(1, index.reshape(len(values), -1))
+        chosen = flat.gather(1, index.reshape(len(flat), -1))
         return chosen.reshape(len(starts), 1, height, channels, width)
     # of a table, whose gradient is one table for all windows
-    out = None if out is None else out.view(len(values), -1)
+    out = None if out is None else out.view(len(flat), -1)
     chosen = torch.index_select(flat, 1, index.flatten(), out=out)
-    return chosen.reshape(len(values), len(starts), height, channels, width).transpose(0, 1)
+    return chosen.reshape(len(flat), len(starts), height, channels, width).transpose(0, 1)
 
 
 def places(shape: tuple[int, ...], starts: Tensor, size: tuple[int, int]) -> Tensor:

@@ -38,7 +38,9 @@ from patchproof.training.recipe import Optimizer, Precision, Recipe, Step
 Strategy = Literal["all", "random", "guided"]
 
 _AT_ONCE = 2**11
-"""Pairs of an image and a region that are bounded together where no gradient is needed."""
+"""Pairs of an image and a group of regions to bound together where no gradient is needed."""
+_MEMBERS_AT_ONCE = 2**14
+"""Pairs of an image and a region in these groups, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +316,8 @@ def worst_groups(
 ) -> Tensor:
     """Return for each image and class the group of the lowest margin, (N, classes) int64."""
     order = phases(bounded.steps, boxes.starts[groups[:, 0]]).argsort(stable=True)
-    at_once = regions_together(_AT_ONCE // groups.shape[1], len(images))
+    at_once = min(_AT_ONCE, _MEMBERS_AT_ONCE // groups.shape[1])
+    at_once = regions_together(at_once, len(images))
     prepared = bounded.prepare(images, labels, slack=False)
     lowest = images.new_full((1,), torch.inf)
     worst = labels.new_zeros(1)
