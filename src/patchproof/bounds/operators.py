@@ -35,6 +35,7 @@ from patchproof.bounds.windows import (
     places,
     remembered,
     rows,
+    to_remember,
     widened,
     widening,
 )
@@ -484,19 +485,58 @@ def _numbers_of_weights(
         window: (h, C, w).
         offset: of the window inside zeros.
         seen: the size of these.
-        stride: of the convolution, as are dilation and groups.
+        stride: of the convolution along each axis.
         dilation: along each axis.
         groups: of channels.
 
     Returns:
         (h C w, h' C' w') int32.
     """
-    with torch.inference_mode(False):  # else it could not be trained through
-        numbers = torch.arange(1.0, weight.numel() + 1, dtype=torch.float64).reshape(weight)
-        units = torch.eye(window.numel(), dtype=torch.float64).reshape(-1, *window)
-        maps = padded(units, offset, seen).transpose(1, 2)
-        found = functional.conv2d(maps, numbers, None, stride, 0, dilation, groups)
-        return found.transpose(1, 2).flatten(1).round().int()
+    outputs, inputs, *kernel = weight
+    with to_remember():
+        (row, of_row), (column, of_column) = (
+            _seen_by(length, *along)
+            for length, *along in zip(
+                window[::2], offset, seen, kernel, stride, dilation, strict=True
+            )
+        )
+        channel = torch.arange(window[1])
+        output = torch.arange(outputs)
+        of_channel = channel[:, None].div(inputs, rounding_mode="floor") == output.div(
+            outputs // groups, rounding_mode="floor"
+        )
+        plane = output * inputs + channel[:, None] % inputs
+        number = (  # (h, C, w, h', C', w')
+            plane[:, None, None, :, None] * kernel[0] + row[:, None, None, :, None, None]
+        ) * kernel[1] + column[:, None, None, :]
+        exists = (
+            of_row[:, None, None, :, None, None]
+            & of_channel[:, None, None, :, None]
+            & of_column[:, None, None, :]
+        )
+        return torch.where(exists, number + 1, 0).flatten(3).flatten(0, 2).int()
+
+
+def _seen_by(
+    length: int, offset: int, seen: int, kernel: int, stride: int, dilation: int
+) -> tuple[Tensor, Tensor]:
+    """Return which element of a sliding kernel is on each input, for each output, along an axis.
+
+    Args:
+        length: of the window.
+        offset: of the window inside of what is seen.
+        seen: length of that.
+        kernel: length of the kernel.
+        stride: of the kernel.
+        dilation: of the kernel.
+
+    Returns:
+        (length, outputs) int64, and where there is such an element, bool.
+    """
+    last = seen - (kernel - 1) * dilation
+    distance = torch.arange(length)[:, None] + offset - torch.arange(0, last, stride)
+    element = distance.div(dilation, rounding_mode="floor")
+    return element, (element * dilation == distance) & (element >= 0) & (element < kernel)
 
 
 Band = tuple[slice, slice]
@@ -577,9 +617,8 @@ def reach(
     extent = (torch.tensor(kernel) - 1) * torch.tensor(dilation)
     first = -((extent - starts - before).div(steps, rounding_mode="floor"))
     offsets = starts - (first * steps - before)
-    size = (offsets + torch.tensor(length) - 1).div(steps, rounding_mode="floor").amax(0).clamp(
-        min=0
-    ) + 1
+    last = (offsets + torch.tensor(length) - 1).div(steps, rounding_mode="floor").amax(0)
+    size = last.clamp(min=0) + 1
     most = torch.tensor(shape)
     first = torch.where(size < most, first, 0)  # else all of the map
     size = torch.minimum(size, most)

@@ -21,7 +21,8 @@ This holds for layers that are summed directly, and not for those that transform
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, update_wrapper
 from typing import TypeVar, TypeVarTuple
@@ -52,17 +53,24 @@ def remembered(
     returns must not be changed.
     """
 
-    @lru_cache(maxsize=2**12)
+    @lru_cache(maxsize=2**11)
     def of_few(listed: tuple[tuple[int, ...], ...], numbers: tuple[*_Numbers]) -> _Result:
-        with torch.inference_mode(False):  # else it could not be trained through
+        with to_remember():
             return function(torch.tensor(listed), *numbers)
 
-    def of_any(places: Tensor, /, *numbers: *_Numbers) -> _Result:
-        if len(places) > _FEW_PLACES:
-            return function(places, *numbers)
-        return of_few(tuple(map(tuple, places.tolist())), numbers)
+    def of_any(starts: Tensor, /, *numbers: *_Numbers) -> _Result:
+        if len(starts) > _FEW_PLACES:
+            return function(starts, *numbers)
+        return of_few(tuple(map(tuple, starts.tolist())), numbers)
 
     return update_wrapper(of_any, function)
+
+
+@contextmanager
+def to_remember() -> Iterator[None]:
+    """Make tensors that can be used in any mode later, in training too."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
 
 
 def gamma(terms: int) -> float:
@@ -93,15 +101,17 @@ class Clean:
     value: Tensor
     error: Tensor | None
 
-    @cached_property
+    @property
     def flat(self) -> Tensor:
         """The activations (N, C, H, W) flattened, and a zero after the last, (N, C H W + 1)."""
+        return self._flat() if self.value.requires_grad else self._kept_flat
+
+    def _flat(self) -> Tensor:
         return functional.pad(self.value.flatten(1), (0, 1))
 
     @cached_property
-    def by_place(self) -> Tensor:
-        """``flat`` by place, (C H W + 1, N)."""
-        return self.flat.T.contiguous()
+    def _kept_flat(self) -> Tensor:
+        return self._flat()
 
     @cached_property
     def largest_error(self) -> Tensor:
@@ -281,7 +291,7 @@ def places(shape: tuple[int, ...], starts: Tensor, size: tuple[int, int]) -> Ten
 @lru_cache
 def _first_window(shape: tuple[int, int, int], size: tuple[int, int]) -> Tensor:
     """Return which activations of flattened maps (C, H, W) the first window is on, (h, C, w)."""
-    with torch.inference_mode(False):  # else it could not be trained through
+    with to_remember():
         channel, row, column = (torch.arange(length) for length in (shape[0], *size))
         return (channel[:, None] * shape[1] + row[:, None, None]) * shape[2] + column
 

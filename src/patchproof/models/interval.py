@@ -57,7 +57,7 @@ class _Layers(nn.Sequential):
 
     def __getitem__(self, idx: slice | int) -> nn.Sequential | nn.Module:
         if isinstance(idx, slice):
-            return nn.Sequential(OrderedDict(list(self.named_children())[idx]))
+            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))
         return super().__getitem__(idx)
 
 
