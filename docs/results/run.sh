@@ -190,15 +190,17 @@ PYTHON
       $patchproof certify --data "$DATA/$data" --weights "$weights" --patch "$patch" --gallery "${GALLERY:-0}" \
         --defense interval-bounds "${about[@]}" --out "$OUT/ibp-$name"
     done
-    best=${BEST:-zoo/mnist-ibp-mlp-5x5-guided10.safetensors}
-    for shape in 4x7 7x4 3x9 9x3 1x25 25x1 diamond parallelogram; do
-      name=$shape
-      case $shape in
-        diamond | parallelogram) shape=stencil:docs/results/shapes/$shape-25.png ;;
-      esac
-      $patchproof certify --data "$DATA/mnist" --weights "$best" --patch "$shape" --gallery 0 \
-        --defense interval-bounds --out "$OUT/ibp-shapes-$name"
+    for network in ${SHAPED:-mlp conv4}; do
+      for shape in 4x7 7x4 3x9 9x3 1x25 25x1 diamond parallelogram; do
+        name=$network-$shape
+        case $shape in
+          diamond | parallelogram) shape=stencil:docs/results/shapes/$shape-25.png ;;
+        esac
+        $patchproof certify --data "$DATA/mnist" --weights "zoo/mnist-ibp-$network-5x5-guided10.safetensors" \
+          --patch "$shape" --gallery 0 --defense interval-bounds --out "$OUT/ibp-shapes-$name"
+      done
     done
+    best=zoo/mnist-ibp-mlp-5x5-guided10.safetensors
     $patchproof certify --data "$DATA/mnist" --weights "$best" --patch 5 --gallery 0 --count 1000 \
       --defense interval-bounds --defense-option method=backward --out "$OUT/ibp-backward-5x5"
     ;;
