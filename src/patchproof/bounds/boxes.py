@@ -90,8 +90,8 @@ def pixel_bounds(clean: Clean, boxes: PatchBoxes) -> Windows:
     rows, columns = boxes.size
     index = boxes.places.to(images.device)
     if boxes.each is None:
-        before = torch.index_select(clean.flat, 1, index.flatten())
-        before = before.reshape(count, len(index), rows, channels, columns).transpose(0, 1)
+        before = torch.index_select(clean.by_place, 0, index.flatten())
+        before = before.reshape(len(index), rows, channels, columns, count).permute(0, 4, 1, 2, 3)
     else:
         before = clean.flat.gather(1, index.reshape(count, -1))
         before = before.reshape(len(index), 1, rows, channels, columns)

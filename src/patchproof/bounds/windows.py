@@ -113,6 +113,15 @@ class Clean:
     def _kept_flat(self) -> Tensor:
         return self._flat()
 
+    @property
+    def by_place(self) -> Tensor:
+        """``flat`` by place, (C H W + 1, N)."""
+        return self.flat.T.contiguous() if self.value.requires_grad else self._kept_by_place
+
+    @cached_property
+    def _kept_by_place(self) -> Tensor:
+        return self._kept_flat.T.contiguous()
+
     @cached_property
     def largest_error(self) -> Tensor:
         """The largest error on each map of activations (N, C, H, W), (N, 1, C, 1)."""
