@@ -377,6 +377,19 @@ def test_sparse_attacks_on_more_than_one_first_layer_are_refused(around):
         network.sparse_margins(seeded(0, 1, 1, 3, 3), torch.tensor([0]), 1)
 
 
+def test_sparse_attacks_on_a_network_without_a_first_layer_are_refused():
+    network = BoundedNetwork(nn.Sequential(nn.Flatten()).eval(), (1, 2, 2))
+    with pytest.raises(PatchproofError, match="expected a network that begins with"):
+        network.sparse_margins(seeded(0, 1, 1, 2, 2), torch.tensor([0]), 1)
+
+
+def test_bounds_of_no_images_are_empty():
+    network = BoundedNetwork(perceptron(), (1, 5, 5))
+    images, labels = torch.empty(0, 1, 5, 5), torch.empty(0, dtype=torch.int64)
+    assert network.sparse_margins(images, labels, 1).shape == (0,)
+    assert call(network, images=images, labels=labels).shape == (0, 16)
+
+
 class Residual(nn.Module):
     """Works in place after a fork, on memory of its own."""
 

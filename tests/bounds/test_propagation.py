@@ -403,6 +403,76 @@ def test_an_operator_without_a_rule_is_named_with_the_way_out(layer, named):
     assert "PatchCleanser" in str(raised.value)
 
 
+class Reshaping(nn.Module):
+    """Flattens by ``view`` or ``reshape``, and by the batch's size in many ways."""
+
+    def __init__(self, flatten):
+        super().__init__()
+        self.enter, self.last = nn.Conv2d(2, 3, 3), nn.Linear(126, 3)
+        self.flatten = flatten
+
+    def forward(self, images):
+        return self.last(self.flatten(torch.relu(self.enter(images))))
+
+
+@pytest.mark.parametrize(
+    "flatten",
+    [
+        lambda values: values.view(values.size(0), -1),
+        lambda values: values.reshape(values.shape[0], -1),
+        lambda values: values.view(-1, 126),
+        lambda values: values.view(values.size()[0], 3 * 7 * 6),
+    ],
+)
+def test_the_ways_to_flatten_are_one(flatten):
+    torch.manual_seed(0)
+    model, (images, labels) = Reshaping(flatten).eval(), examples()
+    plain = nn.Sequential(model.enter, nn.ReLU(), nn.Flatten(), model.last).eval()
+    regions = SquarePatch(2).regions((9, 8))
+    found, expected = (
+        BoundedNetwork(network, (2, 9, 8)).lowest_margins(images, labels, regions)
+        for network in (model, plain)
+    )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("flatten", "named"),
+    [
+        (lambda values: values.view(values.size(0), 3, -1).sum(2), "view"),
+        (lambda values: values.flatten(1)[:, :126] * values.size(0), "no rule for"),
+        (lambda values: values.flatten(1) + values.size(0), "sizes"),
+    ],
+)
+def test_what_else_is_done_with_sizes_is_refused(flatten, named):
+    model = Reshaping(flatten).eval()
+    model.last = nn.LazyLinear(3)
+    model(torch.zeros(1, 2, 9, 8))
+    with pytest.raises(PatchproofError, match=named):
+        BoundedNetwork(model, (2, 9, 8))
+
+
+@pytest.mark.parametrize("screen", [1, 4])
+def test_no_layer_takes_more_than_its_share_of_the_budget(screen, monkeypatch):
+    largest, propagate = 0, operators.Convolution.propagate
+
+    def measured(self, clean, *inputs):
+        nonlocal largest
+        found = propagate(self, clean, *inputs)
+        largest = max(largest, found.shift.numel() * found.shift.element_size())
+        return found
+
+    layers = (nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 72, 3)).eval()
+    network, (images, labels) = BoundedNetwork(model, (2, 9, 8)), examples()
+    monkeypatch.setattr(operators.Convolution, "propagate", measured)
+    budget = 2**17
+    network.lowest_margins(
+        images, labels, SquarePatch(1).regions((9, 8)), screen=screen, memory_budget=budget
+    )
+    assert 0 < largest <= budget / 8
+
+
 def test_a_budget_too_small_for_one_region_is_refused():
     network = BoundedNetwork(networks()["perceptron"], (2, 9, 8))
     images, labels = examples()

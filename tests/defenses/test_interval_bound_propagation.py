@@ -436,6 +436,8 @@ def test_a_forward_an_image_and_no_more_is_counted() -> None:
     result = defense.certify(images, defense.predict(images))
     assert result.forwards.tolist() == [1] * 5
     assert defense.tune_batch_size(images[0]) == defense.batch_size
+    assert defense.tune_batch_size(images[0], 20) == defense.batch_size <= 20
+    assert defense.tune_batch_size(images[0], 3) == defense.batch_size == 3
 
 
 @pytest.mark.parametrize("name", [*THREATS, "backward"])

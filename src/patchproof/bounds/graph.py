@@ -125,6 +125,8 @@ def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Step]:
                     raise PatchproofError("bounds: expected a network of one output, the logits")
             case "get_attr":
                 continue
+            case _ if node not in shapes.found:  # a size, which reshaping asks for
+                continue
             case _:
                 taken = tuple(arg for arg in node.all_input_nodes if arg in number)
                 made = _operator(node, module, shapes.found)
@@ -183,6 +185,13 @@ def _operator(
 ) -> Operator | None:
     """Return the rule of one node, or raise."""
     values = [arg for arg in node.all_input_nodes if arg.op != "get_attr"]
+    if node.op == "call_method" and node.target in ("view", "reshape"):
+        before, after = shapes[values[0]], shapes[node]
+        if after != (before[0], before[1:].numel()):
+            raise _refuse(node, f"{node.target} that is not Flatten")
+        return _flatten(node, root)
+    if not all(arg in shapes for arg in values):
+        raise _refuse(node, "what sizes are computed with")
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         if len(node.args) != 1 or node.kwargs or len(values) != 1:

@@ -152,12 +152,15 @@ class BoundedNetwork:
             )
         if not bool(((images >= 0) & (images <= 1)).all()):
             raise PatchproofError("bounds: expected pixels in [0, 1], got others")
-        if labels.shape != images.shape[:1] or not bool(
-            ((labels >= 0) & (labels < self.classes)).all()
-        ):
+        if labels.shape != images.shape[:1]:
             raise PatchproofError(
-                f"bounds: expected a label from 0 to {self.classes - 1} for each of {len(images)} "
-                f"images, got {tuple(labels.shape)}"
+                f"bounds: expected a label for each of {len(images)} images, "
+                f"got {tuple(labels.shape)}"
+            )
+        others = labels[(labels < 0) | (labels >= self.classes)]
+        if len(others):
+            raise PatchproofError(
+                f"bounds: expected labels from 0 to {self.classes - 1}, got {int(others[0])}"
             )
 
     @property
@@ -317,6 +320,8 @@ class BoundedNetwork:
         """
         self.trace()
         self._check_images(images, labels)
+        if not len(images):
+            return images.new_empty(0)
         lowest = []
         with direct_inference(images.device):
             for batch in torch.split(torch.arange(len(images)), _SPARSE_IMAGES):
@@ -343,7 +348,8 @@ class BoundedNetwork:
             prepared.clean[-1].value.new_full((1, self.image_shape[0], 1, 1), end)
             for end in (0.0, 1.0)
         )
-        while not isinstance(layer := self.steps[place].operator, Linear | Convolution):
+        layer = self.steps[place].operator
+        while not isinstance(layer, Linear | Convolution) and place < len(self.steps) - 1:
             channels = prepared.clean[place - 1].value.ndim == 4
             if not (layer is None or isinstance(layer, Flatten)) and not (
                 isinstance(layer, Scale) and channels
@@ -353,6 +359,7 @@ class BoundedNetwork:
                 ends = layer.forward(low), layer.forward(high)
                 low, high = torch.minimum(*ends), torch.maximum(*ends)
             place += 1
+            layer = self.steps[place].operator
         later = {before for step in self.steps[place + 1 :] for before in step.inputs}
         chain = all(self.steps[step].inputs == (step - 1,) for step in range(place + 1))
         if (

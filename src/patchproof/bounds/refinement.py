@@ -14,8 +14,8 @@ from patchproof.bounds.operators import Bounds, Linear, Monotone, weight_columns
 from patchproof.bounds.windows import Centred, Clean, Everywhere, Windows
 from patchproof.results import PatchproofError
 
-_VALUES = 2**24
-"""Weights (float64 values) of pairs of an image and a region that are bounded together."""
+_WEIGHTS = 4
+"""Copies of the first layer's weights, in float64, that a pair of an image and a region takes."""
 
 
 def perceptron(steps: Sequence[Step]) -> int:
@@ -48,6 +48,7 @@ def backward_lowest(
     labels: Tensor,
     regions: Tensor,
     images: Tensor,
+    memory_budget: int,
 ) -> Tensor:
     """Return the lowest margins of pairs of a region and an image by backward bounds.
 
@@ -61,6 +62,7 @@ def backward_lowest(
         labels: (N,) of the images.
         regions: (P,) int64, the region of each pair.
         images: (P,) int64, the image of each pair.
+        memory_budget: bytes to take at once; one pair is taken whatever it needs.
 
     Returns:
         (P,) float32, never above the bound in exact arithmetic.
@@ -70,14 +72,11 @@ def backward_lowest(
     place = steps[begin].inputs[0]
     first, given = linear[0], values[place]
     window = given.shift[0, 0].numel() if isinstance(given, Windows) else first.weight.shape[1]
+    at_once = max(1, memory_budget // (8 * _WEIGHTS * window * len(first.weight)))
     parts = [
         _some(first, linear[1:], given, clean[place], values, steps, labels, part, image)
         for part, image in zip(
-            *(
-                torch.split(pairs, max(1, _VALUES // (window * len(first.weight))))
-                for pairs in (regions, images)
-            ),
-            strict=True,
+            *(torch.split(pairs, at_once) for pairs in (regions, images)), strict=True
         )
     ]
     return torch.cat(parts)

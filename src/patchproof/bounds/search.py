@@ -49,11 +49,11 @@ class Search:
             PatchproofError: a memory budget too small for one region of one image.
         """
         for places, boxes in patch_boxes(regions):
-            at_once = self._at_once(boxes)
             groups = [
                 (members, union.on(self.network.image_shape))
                 for members, union in self._groups(boxes)
             ]
+            at_once = min(self._at_once(union) for _, union in groups)
             for batch in _split(torch.arange(len(images)), max(1, at_once // _REGIONS)):
                 prepared = self.network.prepare(images[batch], labels[batch], slack=True)
                 for members, union in groups:
@@ -82,7 +82,13 @@ class Search:
             regions, images = (~(lowest > 0)).nonzero().unbind(1)
             if len(regions):
                 refined = backward_lowest(
-                    self.network.steps, prepared.clean, values, prepared.labels, regions, images
+                    self.network.steps,
+                    prepared.clean,
+                    values,
+                    prepared.labels,
+                    regions,
+                    images,
+                    self.memory_budget,
                 )
                 lowest[regions, images] = torch.maximum(lowest[regions, images], refined)
         return lowest[:, :, None]

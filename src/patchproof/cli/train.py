@@ -333,6 +333,7 @@ def train(
     from patchproof.datasets import load_dataset
     from patchproof.models import ModelSpec
     from patchproof.results import PatchproofError
+    from patchproof.threat import SparsePixels
     from patchproof.training import (
         AblationRecipe,
         BagCertRecipe,
@@ -448,8 +449,13 @@ def train(
                     "--patch: expected a size, or sparse:K, for --recipe interval-bounds, got none"
                 )
             kind, regions = parse_strategy(strategy or "random:10")
+            threat = opt.parse_threat(patch, None, "anywhere", training.image_size)
+            if isinstance(threat, SparsePixels) and strategy is not None:
+                raise PatchproofError(
+                    f"--strategy: expected a patch, whose places can be chosen, got {patch}"
+                )
             settings = IntervalBoundsRecipe(
-                threat=opt.parse_threat(patch, None, "anywhere", training.image_size),
+                threat=threat,
                 strategy=kind,
                 regions=regions,
                 pool=parse_pool(pool),

@@ -202,15 +202,19 @@ class IntervalBoundPropagation(BatchedDefense[Certification]):
         label = torch.cat(labels)
         return Prediction(label, torch.cat(cases), torch.ones_like(label))
 
-    def tune_batch_size(self, image: Tensor) -> int:
+    def tune_batch_size(self, image: Tensor, images: int | None = None) -> int:
         """Measure how many images like ``image`` (C, H, W) are best bounded together, and keep it.
 
-        Up to 128 images are bounded at a few places of the patch. A network for which that takes
-        long gets 8, so that a run which is stopped loses little.
+        Up to 128 images, or as many as there are, are bounded at a few places of the patch. A
+        network for which that takes long gets 8, so that a run which is stopped loses little.
         """
         check_images(image[None], self.image_size)
-        batch = image.to(self.device).expand(_TIMED_IMAGES, -1, -1, -1)
-        labels = torch.zeros(_TIMED_IMAGES, dtype=torch.int64)
+        most = _TIMED_IMAGES if images is None else max(1, min(_TIMED_IMAGES, images))
+        if most <= _FEW_IMAGES:
+            self.batch_size = most
+            return most
+        batch = image.to(self.device).expand(most, -1, -1, -1)
+        labels = torch.zeros(most, dtype=torch.int64)
         some = torch.linspace(0, len(self._places) - 1, min(_TIMED_PLACES, len(self._places)))
         places = Regions(self.image_size, self._places.parts[some.long()])
 
@@ -220,9 +224,7 @@ class IntervalBoundPropagation(BatchedDefense[Certification]):
         start = time.perf_counter()
         bound(_FEW_IMAGES)
         slow = time.perf_counter() - start > _SLOW
-        self.batch_size = (
-            _FEW_IMAGES if slow else fastest_batch_size(bound, _TIMED_IMAGES, self.device)
-        )
+        self.batch_size = _FEW_IMAGES if slow else fastest_batch_size(bound, most, self.device)
         return self.batch_size
 
     @property

@@ -473,16 +473,19 @@ class RandomizedCropping(BatchedDefense[AnyCropCertification]):
         least = torch.tensor(numbers)[enough.int().argmax(0)]
         return torch.where(enough.any(0), least, 0)
 
-    def tune_batch_size(self, image: Tensor) -> int:
-        """Measure which number of crops of images (C, H, W) like this is fastest, and keep it."""
+    def tune_batch_size(self, image: Tensor, images: int | None = None) -> int:
+        """Measure which number of crops of images (C, H, W) like this is fastest, and keep it.
+
+        How many ``images`` there are changes nothing: there are many crops of each.
+        """
         check_images(image[None], self.image_size)
-        images = image.to(self.device)[None]
+        given = image.to(self.device)[None]
         corners = self.places.corners(torch.arange(_TIMED_CROPS) % self.places.count)
         first = torch.zeros(_TIMED_CROPS, dtype=torch.int64)
         with exact_inference(self.device):
             self.batch_size = fastest_batch_size(
-                lambda size: self._logits(images, first[:size], corners[:size]),
-                self._largest_batch(images, _TIMED_CROPS),
+                lambda size: self._logits(given, first[:size], corners[:size]),
+                self._largest_batch(given, _TIMED_CROPS),
                 self.device,
             )
         return self.batch_size

@@ -197,11 +197,16 @@ class ViewSystem(ABC, Generic[C]):
             }
             yield decided.keys, self._promise(outputs, labels, shared)
 
-    def tune_batch_size(self, image: Tensor) -> int:
-        """Measure which batch size is fastest for images like ``image`` (C, H, W), and keep it."""
+    def tune_batch_size(self, image: Tensor, images: int | None = None) -> int:
+        """Measure which batch size is fastest for images like ``image`` (C, H, W), and keep it.
+
+        No batch is timed that is larger than all views of so many ``images``.
+        """
         check_images(image[None], self.image_size)
         image = image.to(self.device)
         largest = self._largest_batch(image, 4 * default_batch_size(image, self.device))
+        if images is not None:
+            largest = max(1, min(largest, images * self._forwards))
         batch = image.expand(largest, -1, -1, -1)
         forwards = torch.arange(largest, device=image.device) % self._forwards
         with exact_inference(image.device):

@@ -58,8 +58,8 @@ class Certifier(Described, Protocol):
     def paper(self) -> Paper | None:
         """Whether the criterion of its paper is sound; None where there is none."""
 
-    def tune_batch_size(self, image: Tensor) -> int:
-        """Measure which batch size is fastest for images (C, H, W) like this, and keep it."""
+    def tune_batch_size(self, image: Tensor, images: int | None = None) -> int:
+        """Measure which batch size is fastest for ``images`` like this (C, H, W), and keep it."""
 
     def certify(self, images: Tensor, labels: Tensor, stop: Stop = ...) -> AnyCertification:
         """Certify N images."""

@@ -103,7 +103,8 @@ def certify_dataset(
     """
     check_fit(defense, dataset)
     if defense.batch_size is None:
-        defense.tune_batch_size(torch.zeros(dataset.channels, *dataset.image_size))
+        image = torch.zeros(dataset.channels, *dataset.image_size)
+        defense.tune_batch_size(image, len(dataset))
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "identity": {"kind": defense.kind, **identity(defense, dataset, spec), "stop": stop},

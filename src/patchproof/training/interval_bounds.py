@@ -18,6 +18,7 @@ and more and more of [0, 1] as the training goes on (Appendix A.1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -43,22 +44,26 @@ _MEMBERS_AT_ONCE = 2**14
 """Pairs of an image and a region in these groups, at most."""
 
 
+_MIXING = nn.BatchNorm1d | nn.BatchNorm2d | nn.Dropout | nn.Dropout1d | nn.Dropout2d
+"""Layers that mix the images of a batch in training, or drop what the bounds count."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class IntervalBoundsRecipe(Recipe):
     """Train the lower bounds of the margins.
 
     Attributes:
-        threat: the patch, of one shape.
-        strategy: which regions a step looks at.
+        threat: one patch of one shape, or sparse pixels.
+        strategy: which regions a step looks at; sparse pixels have none, and take no strategy.
         regions: how many, of ``random`` and ``guided``; of ``guided`` a multiple of the classes.
         pool: of ``all``, how many adjacent places along each axis are bounded together from the
             first layer on, and how many of these from the second on (bound pooling, Appendix A.3).
         clean_start: share of the training on clean images alone, at the beginning. Deep networks
             need it: bounds that grow before anything is learned teach them to ignore the image.
         growth: share of the training after which the interval of a pixel, which has grown from 0
-            since, is [0, 1]; only then the learning rate starts to fall, by half after every
-            ``halving``.
-        halving: share of the training.
+            since, is [0, 1].
+        halving: share of the training, from then on, after which the learning rate falls by half
+            each time.
         guide_width: channels of the U-Net at full resolution.
         certified_images: validation images that are certified after each epoch.
     """
@@ -87,10 +92,16 @@ class IntervalBoundsRecipe(Recipe):
         for name, low in (("regions", 1), ("guide_width", 1), ("certified_images", 1)):
             if getattr(self, name) < low:
                 raise PatchproofError(f"expected {name} from {low}, got {getattr(self, name)}")
-        if self.pool and (self.strategy != "all" or min(self.pool) < 2):
+        if self.threat.patches > 1:
+            raise PatchproofError(f"expected one patch to train on, got {self.threat.label()}")
+        if self.pool and min(self.pool) < 2:
+            raise PatchproofError(f"expected pool of numbers from 2, got {min(self.pool)}")
+        if self.pool and self.strategy != "all":
+            raise PatchproofError(f"expected pool with strategy all, got it with {self.strategy}")
+        if isinstance(self.threat, SparsePixels) and self.strategy != "random":
             raise PatchproofError(
-                f"expected pool of numbers from 2 with strategy all, got {self.pool} with "
-                f"{self.strategy}"
+                "expected no strategy for sparse pixels, which have no regions to choose from, "
+                f"got {self.strategy}"
             )
         for name in ("growth", "halving"):
             if not 0.0 < getattr(self, name) <= 1.0:
@@ -99,8 +110,8 @@ class IntervalBoundsRecipe(Recipe):
                 )
         if not 0.0 <= self.clean_start < self.growth:
             raise PatchproofError(
-                f"expected clean_start from 0 and below growth, {self.growth}, "
-                f"got {self.clean_start}"
+                "expected clean_start from 0 and below growth, "
+                f"got {self.clean_start} and growth {self.growth}"
             )
         if self.precision != "32-true":
             raise PatchproofError(f"expected precision 32-true, got {self.precision}")
@@ -133,10 +144,8 @@ class IntervalBoundsRecipe(Recipe):
         return super().to_dict() | {"threat": self.threat.to_dict()}
 
     def rate(self, done: float) -> float:
-        """Return 1 while the interval grows, and then halve it step by step."""
-        return (
-            0.5 ** max(0.0, (done - self.growth) // self.halving + 1) if done > self.growth else 1.0
-        )
+        """Return 1 while the interval grows, and then halve it after each ``halving``."""
+        return math.exp2(-max(0.0, (done - self.growth) // self.halving))
 
     def companion(self, spec: ModelSpec) -> nn.Module | None:
         """Return the U-Net of guided training."""
@@ -152,13 +161,15 @@ class IntervalBoundsRecipe(Recipe):
         """Return all regions of the patch on images (C, H, W), rows first.
 
         Raises:
-            PatchproofError: a patch of several shapes, or a guide for places that are no full grid.
+            PatchproofError: a patch of several shapes; or places that are no full grid, to guide or
+                to pool.
         """
         boxes = all_places(self.threat, image_shape)
         rows, columns = (boxes.starts.amax(0) + 1).tolist()
-        if self.strategy == "guided" and len(boxes.starts) != rows * columns:
+        if (self.strategy == "guided" or self.pool) and len(boxes.starts) != rows * columns:
             raise PatchproofError(
-                f"expected a patch at any place to guide, got {self.threat.label()}"
+                f"expected a patch at any place to {'pool' if self.pool else 'guide'}, "
+                f"got {self.threat.label()}"
             )
         return boxes
 
@@ -175,20 +186,27 @@ class IntervalBoundsRecipe(Recipe):
         else:
             boxes = self._joined(self.boxes(bounded.image_shape))
             bounded.margins(prepared, boxes.choose(tiles(boxes, self.pool)[0]))
+            if self.strategy == "random" and self.regions > (most := len(boxes.starts)):
+                raise PatchproofError(
+                    f"expected at most {most} regions, as many as there are, got {self.regions}"
+                )
         for name, module in network.named_modules():
-            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.Dropout | nn.Dropout2d):
+            if isinstance(module, _MIXING):
                 raise PatchproofError(
                     "expected a network without batch normalisation and dropout to train its "
-                    f"bounds, got {name}"
+                    f"bounds, such as ibp-mlp or ibp-conv4, got {name}"
                 )
         if self.strategy == "guided" and self.regions % spec.classes:
             raise PatchproofError(
-                f"expected regions that are a multiple of the {spec.classes} classes to guide, "
+                f"expected guided regions that are a multiple of the {spec.classes} classes, "
                 f"got {self.regions}"
             )
 
     def step_loss(self, step: Step) -> Tensor:
-        """Return the cross-entropy of the lowest margins, and the error of the guide."""
+        """Return the cross-entropy of the lowest margins, with the gradients of the guide's error.
+
+        That error is no part of the value: it says nothing of the network.
+        """
         share = (step.done - self.clean_start) / (self.growth - self.clean_start)
         if share <= 0:
             return functional.cross_entropy(step.network(step.views), step.labels)
@@ -223,7 +241,11 @@ class IntervalBoundsRecipe(Recipe):
                 margins = margins_at(bounded, step.views, step.labels, boxes, drawn[..., None])
                 seen = guide.at(features, drawn)
                 guide_loss = functional.mse_loss(seen, margins.detach().transpose(1, 2))
-                return certificate_loss(margins.amin(1), step.labels) + guide_loss
+                return (
+                    certificate_loss(margins.amin(1), step.labels)
+                    + guide_loss
+                    - guide_loss.detach()
+                )
 
     def _guided(self, predicted: Tensor) -> Tensor:
         """Draw regions by predicted margins (N, classes, places): (N, ``regions``) int64."""

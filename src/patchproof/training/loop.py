@@ -248,8 +248,8 @@ def _check_start(start: Path, spec: ModelSpec, pretrained: bool) -> str:
 
 
 def _best(log: list[dict[str, Any]], recipe: Recipe) -> dict[str, Any]:
-    """Return the first epoch of the highest measure."""
-    return max(log, key=lambda entry: float(entry[recipe.chosen_by]))
+    """Return the last epoch of the highest measure."""
+    return max(log, key=lambda entry: (float(entry[recipe.chosen_by]), entry["epoch"]))
 
 
 def _claim_folder(out: Path, card: dict[str, Any]) -> None:
