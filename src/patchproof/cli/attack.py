@@ -317,6 +317,8 @@ def _print(summary: AttackSummary, defense: AttackedDefense, attack: PatchAttack
     from rich.console import Console
     from rich.table import Table
 
+    from patchproof.cli.running import per_second
+
     title = (
         f"{summary.count} images, {attack.name} within {defense.threat.describe()}; "
         f"{defense.describe()}"
@@ -337,7 +339,7 @@ def _print(summary: AttackSummary, defense: AttackedDefense, attack: PatchAttack
     tries = "" if summary.tries_per_image is None else f"{summary.tries_per_image:.1f} tries and "
     table.caption = (
         f"{tries}{summary.forwards_per_image:.0f} surrogate images per image, "
-        f"{summary.images_per_second:.3g} images/s"
+        f"{per_second(summary.images_per_second)} images/s"
         + (f"; {summary.corrupt} corrupt, left out" if summary.corrupt else "")
     )
     table.caption_justify = "left"

@@ -383,9 +383,10 @@ def _check_shape(
     expected = (*spec.image_size, spec.channels)
     got = (*(image_size or spec.image_size), channels or spec.channels)
     if got != expected:
+        resize = f"; --image-size {_by(spec.image_size)} resizes them"
         raise PatchproofError(
             f"{file}: expected images of {_by(expected)} (height, width, channels), got {_by(got)}"
-            "; --image-size resizes them"
+            + (resize if got[2] == expected[2] else "")
         )
 
 

@@ -443,7 +443,8 @@ def _parse_patch(text: str, patch: str, place: Place, image_size: tuple[int, int
         return AnyRectangle(int(size), place)
     if kind == "sparse":
         if place != "anywhere":
-            raise _misuse("--locations", f"anywhere for {patch}", "another place")
+            got = "corners" if place == "corners" else "a box"
+            raise _misuse("--locations", f"anywhere for {patch}", got)
         if not re.fullmatch(r"\d{1,9}", size):
             raise _misuse("--patch", "sparse:4 (pixels)", patch)
         return SparsePixels(int(size))
@@ -465,8 +466,19 @@ def _parse_patch(text: str, patch: str, place: Place, image_size: tuple[int, int
         return RectanglePatches([parse_pair("--patch", pair) for pair in size.split(",")], place)
     if size.endswith("%"):
         return SquarePatch(SquarePatch.published(size, image_size).height, place)
+    if not re.fullmatch(r"0*[1-9]\d{0,8}(x0*[1-9]\d{0,8})?", size):
+        raise _misuse(
+            "--patch", f"a size of at least 1 such as 5, 4x7 or 2.4%, or {_SHAPES}", patch
+        )
     height, width = parse_pair("--patch", size)
     return SquarePatch(height, place) if height == width else RectanglePatch(height, width, place)
+
+
+_SHAPES = (
+    "line:12x2@30, square:5@45, rectangle:12x2@45, diamond:7, parallelogram:4x6@20 or "
+    "stencil:FILE, or bounds: and one of these, or any:10, aspect:25@2.7:1, transformed:5 or "
+    "sparse:4"
+)
 
 
 def _parse_shape(text: str, patch: str, place: Place) -> StencilPatch:
@@ -496,9 +508,7 @@ def _parse_shape(text: str, patch: str, place: Place) -> StencilPatch:
                 return StencilPatch.parallelogram(height, width, degrees).at(place)
     raise _misuse(
         "--patch",
-        "line:12x2@30, square:5@45, rectangle:12x2@45, diamond:7, parallelogram:4x6@20 or "
-        "stencil:FILE, or bounds: and one of these, or any:10, aspect:25@2.7:1, transformed:5 or "
-        "sparse:4",
+        _SHAPES,
         patch,
     )
 

@@ -99,7 +99,7 @@ class RunBar:
         """Show that ``done`` images are finished, how fast, and a few words."""
         self._done = done
         self._bar.start()
-        pace = f"{rate:.3g} images/s, {_duration(seconds_left)} left" if rate else ""
+        pace = f"{per_second(rate)} images/s, {_duration(seconds_left)} left" if rate else ""
         text = ", ".join(filter(None, (pace, state)))
         finished = done == self._total
         self._bar.update(self._task, completed=done, state="finishing" if finished else text)
@@ -117,6 +117,11 @@ class RunBar:
                 err=True,
             )
             raise typer.Exit(130)
+
+
+def per_second(rate: float) -> str:
+    """Return a rate in three digits, or in whole numbers."""
+    return f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
 
 
 def _duration(seconds: float) -> str:
@@ -162,7 +167,7 @@ def _table(summary: AnySummary, defense: Certifier) -> Table:
     table.caption = (
         f"{summary.forwards_per_image:.1f} model forwards per image, "
         + ("bounds not counted, " if isinstance(defense, IntervalBoundPropagation) else "")
-        + f"{summary.images_per_second:.3g} images/s"
+        + f"{per_second(summary.images_per_second)} images/s"
         + (f"; {summary.corrupt} corrupt, left out" if summary.corrupt else "")
     )
     table.caption_justify = "left"

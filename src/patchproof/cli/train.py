@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 import typer
 
@@ -39,7 +39,9 @@ _WINDOW_RECIPES = ("masked-evidence", "bagcert", "trimmed-mean", "top-masking")
 _TAKEN_BY: dict[str, tuple[str, ...]] = {
     "--squares": ("cutout",),
     "--candidates": ("greedy-cutout",),
+    "--fill": tuple(name for name in get_args(RecipeName) if name != "interval-bounds"),
     "--patch": ("greedy-cutout", "interval-bounds", *_WINDOW_RECIPES),
+    "--masks": ("greedy-cutout",),
     "--window": _WINDOW_RECIPES,
     "--evidence-masks": ("masked-evidence",),
     "--margin": ("bagcert",),
@@ -350,7 +352,9 @@ def train(
     given = {
         "--squares": squares,
         "--candidates": candidates,
+        "--fill": None if fill == 0.5 else fill,
         "--patch": patch,
+        "--masks": None if masks == "6" else masks,
         "--window": window,
         "--evidence-masks": evidence_masks,
         "--margin": margin,

@@ -115,7 +115,7 @@ def _select(splits: _Splits, split: str, name: str) -> tuple[_Rows, Tensor]:
     holds_out = "validation" not in splits and "train" in splits
     available = [*splits, "validation"] if holds_out else list(splits)
     if split not in available:
-        hint = "; the folder has no splits" if available == ["all"] else ""
+        hint = "; the folder has no Parquet files or splits" if available == ["all"] else ""
         raise PatchproofError(
             f"expected split {' or '.join(available)} of {name}, got {split!r}{hint}"
         )
@@ -239,6 +239,8 @@ def _image_folder(folder: Path) -> _Splits:
     folders = {_SPLIT_NAMES[f.name]: f for f in _folders(folder) if f.name in _SPLIT_NAMES}
     if folders:
         return {split: partial(_folder_rows, inner) for split, inner in folders.items()}
+    if not _folders(folder):
+        raise PatchproofError(f"expected Parquet files or class folders in {folder}, got none")
     return {"all": partial(_folder_rows, folder)}
 
 

@@ -209,4 +209,5 @@ def _compare(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], path: Pa
 
 def _require(path: Path) -> None:
     if not path.is_file():
-        raise PatchproofError(f"expected a file of weights, got {path}, which does not exist")
+        what = "is no file" if path.exists() else "does not exist"
+        raise PatchproofError(f"expected a file of weights, got {path}, which {what}")

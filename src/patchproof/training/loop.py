@@ -256,8 +256,16 @@ def _claim_folder(out: Path, card: dict[str, Any]) -> None:
     """Make sure that the folder holds no other training than the one the card describes."""
     path = out / "card.json"
     if any((out / name).exists() for name in ("checkpoint.pt", "model.safetensors")):
-        if not path.is_file() or json.loads(path.read_text()) != json.loads(json.dumps(card)):
-            raise PatchproofError(f"expected a new folder or one of this training, got {out}")
+        there = json.loads(path.read_text()) if path.is_file() else {}
+        wanted = json.loads(json.dumps(card))
+        differing = sorted(
+            key for key in wanted.keys() | there.keys() if wanted.get(key) != there.get(key)
+        )
+        if differing:
+            raise PatchproofError(
+                f"expected a new folder or one of this training, got {out}, of another: "
+                f"{', '.join(differing)} differ"
+            )
     else:
         write_atomically(path, json.dumps(card, indent=2).encode())
 
