@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patchproof.errors import PatchproofError
+
 if TYPE_CHECKING:
     from patchproof.threat import Regions, Threat
 
@@ -35,18 +37,6 @@ roundings of float32, of scores too large for a tolerance in logits."""
 
 _MOST_ENTRIES = 2**31
 """Combinations of patches times views that fit into memory (bytes)."""
-
-
-class PatchproofError(ValueError):
-    """Bad input: the message says what was expected and what came (exit code 2)."""
-
-    exit_code = 2
-
-
-class RunError(PatchproofError):
-    """A run that cannot go on though it was asked for correctly (exit code 1)."""
-
-    exit_code = 1
 
 
 class Verdict(IntEnum):

@@ -14,7 +14,8 @@ from patchproof.aggregation import (
     without_largest,
 )
 from patchproof.aggregation.evidence import Confidence, Logits, Prediction
-from patchproof.results import PatchproofError, Verdict
+from patchproof.errors import PatchproofError
+from patchproof.results import Verdict
 
 
 def pattern(cells, views):

@@ -39,7 +39,8 @@ from patchproof.attacks import (
     Victim,
 )
 from patchproof.defenses.surrogate import Surrogate
-from patchproof.results import ALERT, PatchproofError
+from patchproof.errors import PatchproofError
+from patchproof.results import ALERT
 
 TWO = PlaceSearch("random", count=2)
 ATTACKS: dict[str, PatchAttack] = {

@@ -12,7 +12,7 @@ from victims import CHANNELS, SIZE, THREATS, Linear, linear, region_masks
 import patchproof as pp
 from patchproof.attacks import PlaceSearch
 from patchproof.attacks.places import Search, place_boxes, place_pixels
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.threat import Box
 
 SEARCHES = [

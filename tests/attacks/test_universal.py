@@ -25,7 +25,7 @@ from patchproof.attacks import (
 )
 from patchproof.attacks.places import place_boxes, place_pixels
 from patchproof.attacks.universal import blended, random_maps, success, total_variation
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 UPRIGHT = UniversalTraining(scale=(1.0, 1.0), degrees=(0.0, 0.0), batch_size=40)
 

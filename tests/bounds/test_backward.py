@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from patchproof.bounds.backward import AffineLayer, backward_margins, rounding_share
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 
 def random_case(seed, sizes=(4, 6, 5), classes=4, pairs=3, scale=1.0, per_pair=False):

@@ -9,7 +9,7 @@ from torch import nn
 
 from patchproof import IntervalBoundPropagation, SquarePatch
 from patchproof.bounds.propagation import BoundedNetwork, patch_boxes
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.threat.regions import Regions
 
 

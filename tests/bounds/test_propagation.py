@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from patchproof.bounds import BoundedNetwork, PatchBoxes, operators, patch_boxes
 from patchproof.bounds.windows import distinct_pairs
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec, SmallResNet, build_model
-from patchproof.results import PatchproofError
 from patchproof.threat import RectanglePatches, SquarePatch, StencilPatch
 from patchproof.threat.regions import Regions
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from patchproof.bounds.operators import Convolution, Linear
 from patchproof.bounds.sparse import sparse_bounds
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 UNIT = (0.0, 1.0)
 

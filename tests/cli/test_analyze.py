@@ -16,9 +16,9 @@ import pandas as pd
 import pytest
 
 from patchproof.cli.analyze import parse_layouts, parse_list, parse_pairs
+from patchproof.errors import PatchproofError
 from patchproof.evaluation import read_result
 from patchproof.evaluation.recording import Archive
-from patchproof.results import PatchproofError
 
 Patchproof = Callable[[str], tuple[int, str, str]]
 

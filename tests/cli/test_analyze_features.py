@@ -21,10 +21,10 @@ from patchproof.cli.analyze_features import (
     parse_sizes,
 )
 from patchproof.cli.feature_bench import name_of
+from patchproof.errors import PatchproofError
 from patchproof.evaluation import read_result
 from patchproof.evaluation.feature_recording import FeatureArchive
 from patchproof.models import TinyResNet
-from patchproof.results import PatchproofError
 from patchproof.threat import SquarePatch
 
 Patchproof = Callable[[str], tuple[int, str, str]]

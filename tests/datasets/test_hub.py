@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from patchproof.datasets import CorruptImageError, ImageDataset, load_dataset
-from patchproof.results import PatchproofError, RunError
+from patchproof.errors import PatchproofError, RunError
 
 hugging_face = pytest.importorskip("datasets")
 

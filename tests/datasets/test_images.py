@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from patchproof.datasets.images import ArrayPictures, ImageDataset
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 
 def dataset(pixels: np.ndarray, **changes: Any) -> ImageDataset:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from patchproof.datasets import CorruptImageError, load_dataset
-from patchproof.results import PatchproofError, RunError
+from patchproof.errors import PatchproofError, RunError
 
 
 def picture(value: int, size: tuple[int, int] = (6, 4), mode: str = "L") -> PIL.Image.Image:

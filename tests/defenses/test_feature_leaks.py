@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.views import receptive_fields
 
 

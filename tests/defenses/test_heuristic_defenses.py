@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import patchproof as pp
 from patchproof.defenses import HeuristicDefense
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec, build_model
 from patchproof.preprocessing import GradientSmoothing, SaliencyMasking
-from patchproof.results import PatchproofError
 
 SPEC = ModelSpec("tiny-resnet", 10, 1, (8, 8))
 SIZE = (8, 8)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import patchproof as pp
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec, build_model
-from patchproof.results import PatchproofError, Verdict
+from patchproof.results import Verdict
 
 
 class Lookup(nn.Module):

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import patchproof as pp
-from patchproof.results import PatchproofError, RunError
+from patchproof.errors import PatchproofError, RunError
 
 LOGIT_GAP = 1.0
 

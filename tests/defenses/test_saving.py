@@ -2,8 +2,8 @@ import pytest
 import torch
 
 import patchproof as pp
+from patchproof.errors import PatchproofError, RunError
 from patchproof.models import ModelSpec, build_model, load_classifier, save_classifier
-from patchproof.results import PatchproofError, RunError
 
 SPEC = ModelSpec("tiny-resnet", 10, 1, (8, 8))
 

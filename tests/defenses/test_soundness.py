@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import patchproof as pp
 from patchproof.datasets import load_dataset
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec, load_classifier
-from patchproof.results import PatchproofError
 from patchproof.threat import Box, MaskSet
 from patchproof.training import CutoutRecipe, train
 

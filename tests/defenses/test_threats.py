@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import patchproof as pp
 from patchproof.aggregation import ChallengerGame, DoubleMasking
+from patchproof.errors import PatchproofError
 from patchproof.models.ablation import Ablation
-from patchproof.results import Outputs, PatchproofError, Verdict
+from patchproof.results import Outputs, Verdict
 from patchproof.views import MaskPairViews
 
 # name: threat, image size, masks per side, the pixels of every patch (row * width + column)

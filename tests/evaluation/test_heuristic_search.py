@@ -8,13 +8,13 @@ from torch import Tensor, nn
 
 import patchproof as pp
 from patchproof.attacks import PatchIFGSM
+from patchproof.errors import PatchproofError
 from patchproof.evaluation.heuristic_search import (
     AttackedImages,
     all_settings,
     possible_defenses,
     search_settings,
 )
-from patchproof.results import PatchproofError
 
 THREAT = pp.SquarePatch(2)
 SIZE = (8, 8)

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from patchproof.errors import PatchproofError, RunError
 from patchproof.evaluation.sandwich import (
     Sandwich,
     check_consistent,
@@ -22,7 +23,7 @@ from patchproof.evaluation.sandwich import (
 )
 from patchproof.evaluation.store import CERTIFIED, Result, RunKind
 from patchproof.evaluation.summary import summarize, summarize_attack
-from patchproof.results import ALERT, PatchproofError, RunError
+from patchproof.results import ALERT
 
 LABELS = [0, 1, 2, 3, 4, 5]
 

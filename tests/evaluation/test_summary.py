@@ -1,8 +1,8 @@
 import pandas as pd
 import pytest
 
+from patchproof.errors import RunError
 from patchproof.evaluation import Proportion, Summary, summarize
-from patchproof.results import RunError
 
 
 def tables() -> tuple[pd.DataFrame, pd.DataFrame]:

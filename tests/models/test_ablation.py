@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from patchproof.errors import PatchproofError
 from patchproof.models import (
     Ablation,
     AblationResNet,
@@ -22,7 +23,6 @@ from patchproof.models import (
 )
 from patchproof.models.ablation import AblationKind
 from patchproof.models.token_drop import TokenDropTransformer
-from patchproof.results import PatchproofError
 
 SIZE = (16, 20)
 KINDS: tuple[AblationKind, ...] = ("column", "row", "block")

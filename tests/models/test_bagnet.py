@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet50
 
+from patchproof.errors import PatchproofError
 from patchproof.models import (
     BagNet,
     ModelSpec,
@@ -19,7 +20,6 @@ from patchproof.models import (
 )
 from patchproof.models.bagnet import kernel_strides
 from patchproof.models.bagnet_resnet import BagNetResNet, PreprocessedBagNet
-from patchproof.results import PatchproofError
 from patchproof.views import receptive_fields
 from patchproof.views.receptive import planted
 

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from patchproof.errors import PatchproofError, RunError
 from patchproof.models import (
     ModelSpec,
     build_model,
@@ -21,7 +22,6 @@ from patchproof.models import (
     save_classifier,
 )
 from patchproof.models.huggingface import TransformersClassifier
-from patchproof.results import PatchproofError, RunError
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from patchproof.errors import PatchproofError
 from patchproof.models import (
     GuideUNet,
     IntervalConvNet,
@@ -19,7 +20,6 @@ from patchproof.models import (
     load_classifier,
     save_classifier,
 )
-from patchproof.results import PatchproofError
 
 NAMES = ("ibp-mlp", "ibp-conv2", "ibp-conv4", "ibp-conv5-wide")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from patchproof.errors import PatchproofError, RunError
 from patchproof.models import ModelSpec, Preprocessed, SmallResNet, TinyResNet, build_model
-from patchproof.results import PatchproofError, RunError
 
 
 @pytest.mark.parametrize(

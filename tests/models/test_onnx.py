@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from patchproof import PatchCleanser, SquarePatch, load
+from patchproof.errors import PatchproofError, RunError
 from patchproof.models import (
     ModelSpec,
     build_model,
@@ -21,7 +22,6 @@ from patchproof.models import (
     model_digest,
     save_classifier,
 )
-from patchproof.results import PatchproofError, RunError
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec, Preprocessed, build_model
 from patchproof.models.resmlp import PUBLISHED, resized_resmlp
-from patchproof.results import PatchproofError
 
 VIT: dict[str, Any] = {"patch_size": 4, "depth": 1, "embed_dim": 24, "num_heads": 2}
 RESMLP: dict[str, Any] = {"patch_size": 4, "num_blocks": 1, "embed_dim": 24}

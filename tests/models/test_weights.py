@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from patchproof.errors import PatchproofError, RunError
 from patchproof.models import (
     ModelSpec,
     Preprocessed,
@@ -22,7 +23,6 @@ from patchproof.models import (
     save_classifier,
     write_atomically,
 )
-from patchproof.results import PatchproofError, RunError
 
 SPEC = ModelSpec("tiny-resnet", 4, 1, (8, 8))
 

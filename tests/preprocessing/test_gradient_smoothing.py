@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from patchproof.errors import PatchproofError
 from patchproof.preprocessing import GradientSmoothing
 from patchproof.preprocessing.gradient_smoothing import scaled_gradient, steep_pixels
-from patchproof.results import PatchproofError
 
 
 def plainly_smoothed(

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchproof.errors import PatchproofError
 from patchproof.preprocessing import SaliencyMasking
 from patchproof.preprocessing.saliency_masking import dense_squares, opened, saliency
-from patchproof.results import PatchproofError
 
 Pixels = set[tuple[int, int]]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from patchproof.errors import PatchproofError, RunError
 from patchproof.evaluation.store import read_result
 from patchproof.evaluation.summary import DetectionSummary
 from patchproof.report import plots, write_report
-from patchproof.results import PatchproofError, RunError
 
 MakeRun = Callable[..., Path]
 NONE = "\N{EN DASH}"
@@ -181,7 +181,7 @@ def test_a_finished_run_is_not_flagged(make_run: MakeRun, out: Path) -> None:
 
 def test_published_figures_stand_beside_with_their_caveats(make_run: MakeRun, out: Path) -> None:
     mnist = report(out, make_run("mnist", dataset="mnist")).text
-    assert f"IBP IFGSM 62.0% {NONE} 92.9% 5x5 square of 28x28 IBP, Table 2" in mnist
+    assert f"IBP 62.0% {NONE} 92.9% 5x5 square of 28x28 IBP, Table 2" in mnist
     assert "Another coordinate space" not in mnist
     cifar = report(out, make_run("cifar", dataset="cifar10", size=32)).text
     assert f"PC-ResNet 78.8% {NONE} 97.8% 2.4% square of 224x224 PatchCleanser, Table 2" in cifar

@@ -9,11 +9,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from patchproof.errors import RunError
 from patchproof.evaluation.sandwich import compare, sandwich_table
 from patchproof.evaluation.store import CERTIFIED, read_result
 from patchproof.evaluation.summary import AttackSummary
 from patchproof.report import ON_DARK, plots, write_report
-from patchproof.results import RunError
 
 MakeRun = Callable[..., Path]
 

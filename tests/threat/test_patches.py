@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.threat import Box, PixelSets, RectanglePatch, SquarePatch, threat_from_dict
 
 

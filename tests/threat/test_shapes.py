@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.threat import (
     AnyRectangle,
     MaskSet,

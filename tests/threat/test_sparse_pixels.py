@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import patchproof as pp
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.threat import MultiplePatches, SparsePixels, threat_from_dict
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from patchproof.datasets import load_dataset
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec
 from patchproof.models.ablation import Ablation, Kept
-from patchproof.results import PatchproofError
 from patchproof.training import AblationRecipe, train
 
 RECIPE = AblationRecipe(

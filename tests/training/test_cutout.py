@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from patchproof.datasets import ImageDataset, load_dataset
+from patchproof.errors import PatchproofError, RunError
 from patchproof.models import ModelSpec, build_model, load_classifier
-from patchproof.results import PatchproofError, RunError
 from patchproof.threat import SquarePatch
 from patchproof.training import CutoutRecipe, GreedyMasks, Recipe, train
 from patchproof.training.loop import make_optimizer, shift_and_flip

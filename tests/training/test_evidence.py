@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patchproof.datasets import ImageDataset, load_dataset
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec
-from patchproof.results import PatchproofError
 from patchproof.training import (
     BagCertRecipe,
     ClippedRecipe,

@@ -11,8 +11,8 @@ from torch.nn import functional
 from patchproof.bounds import BoundedNetwork
 from patchproof.cli.train import parse_pool, parse_strategy
 from patchproof.datasets import load_dataset
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec, build_model
-from patchproof.results import PatchproofError
 from patchproof.threat import (
     Box,
     MultiplePatches,

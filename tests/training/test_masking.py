@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec, build_model
-from patchproof.results import PatchproofError
 from patchproof.threat import SquarePatch
 from patchproof.training import GreedyMasks
 from patchproof.training.masking import draw_candidates, greedy_pair

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from patchproof.cli.train import default_squares, train
 from patchproof.datasets import load_dataset
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec, load_classifier, save_classifier
-from patchproof.results import PatchproofError
 
 app = typer.Typer()
 app.command()(train)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from patchproof.errors import PatchproofError
 from patchproof.models import Ablation, AblationResNet, BandResNet
 from patchproof.models.ablation import AblationKind
-from patchproof.results import PatchproofError
 from patchproof.threat import RectanglePatch, SquarePatch
 from patchproof.views import AblatedViews
 

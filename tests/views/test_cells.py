@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from patchproof.errors import PatchproofError
 from patchproof.models import SmallResNet
-from patchproof.results import PatchproofError
 from patchproof.views.cells import CellViews
 
 

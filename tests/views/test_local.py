@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from patchproof.errors import PatchproofError
 from patchproof.models import BagNet, SmallResNet
-from patchproof.results import PatchproofError
 from patchproof.threat import RectanglePatch, SquarePatch
 from patchproof.views import LocalFeatureViews
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchproof.errors import PatchproofError
 from patchproof.models import BagNet
-from patchproof.results import PatchproofError
 from patchproof.threat import RectanglePatch
 from patchproof.views import ReceptiveFields, receptive, receptive_fields
 from patchproof.views.reach import output_reach

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from patchproof.aggregation.soft import log_odds
-from patchproof.results import INVALID_LABEL, ROUNDING, Outputs, PatchproofError
+from patchproof.errors import PatchproofError
+from patchproof.results import INVALID_LABEL, ROUNDING, Outputs
 
 LARGEST = 1e6
 """The default bound of logits: finite, so that no attacked view can drown the others in rounding,

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from patchproof.aggregation.base import CERTAIN, Goal
 from patchproof.aggregation.evidence import Evidence
-from patchproof.results import Case, Outputs, Paper, PatchproofError, Verdict
+from patchproof.errors import PatchproofError
+from patchproof.results import Case, Outputs, Paper, Verdict
 
 _MOST_ENTRIES = 2**18
 """Float64 values of an intermediate result: images are taken a few at a time, to stay in caches."""

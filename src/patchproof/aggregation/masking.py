@@ -10,7 +10,8 @@ from torch import Tensor
 from patchproof.aggregation.evidence import Bounds, Evidence
 from patchproof.aggregation.features import FeatureAggregation, ahead
 from patchproof.aggregation.windows import Windows
-from patchproof.results import Outputs, PatchproofError, distinct_rows
+from patchproof.errors import PatchproofError
+from patchproof.results import Outputs, distinct_rows
 
 _MOST_ENTRIES = 2**22
 """Float64 values of evidence times patterns at once."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from patchproof.aggregation.evidence import Evidence, with_gradients
 from patchproof.aggregation.features import FeatureAggregation
-from patchproof.results import Outputs, PatchproofError
+from patchproof.errors import PatchproofError
+from patchproof.results import Outputs
 
 _NEAR_RANKS = 0.25
 """Share of the views within which ranks have gradients for attackers, less and less."""

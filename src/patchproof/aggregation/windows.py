@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 
 @dataclass(frozen=True)

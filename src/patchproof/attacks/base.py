@@ -21,7 +21,8 @@ from patchproof.attacks.places import (
 )
 from patchproof.attacks.victim import Victim
 from patchproof.defenses.checks import check_images, check_labels
-from patchproof.results import ALERT, PatchproofError
+from patchproof.errors import PatchproofError
+from patchproof.results import ALERT
 from patchproof.threat import SparsePixels, Threat
 
 Loss = Literal["margin", "cross-entropy"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from patchproof.attacks.base import CLEAR_LEAD, PatchAttack, Problem
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 Start = Literal["random", "black-white", "image", "grey"]
 """What a patch shows first: uniform noise, noise of black and white, what was there, or grey."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from patchproof.defenses.inference import default_batch_size
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.threat import Regions, SparsePixels, Threat
 from patchproof.threat.regions import ImageSize
 from patchproof.views.crops import box_sums

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from patchproof.errors import PatchproofError
 from patchproof.models.weights import write_atomically
-from patchproof.results import PatchproofError
 
 _CM_PER_INCH = 2.54
 _PRINTED = 1200

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from patchproof.attacks.base import CLEAR_LEAD, PatchAttack, Problem
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 _FALLS = (0.001, 0.005, 0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 """Parts of the search after which the squares' area halves, as in the paper's Section 4."""

@@ -18,7 +18,7 @@ from patchproof.attacks.base import PatchAttack, Problem
 from patchproof.attacks.printing import read_picture, write_picture
 from patchproof.attacks.victim import Victim
 from patchproof.defenses.checks import check_images, check_labels
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.threat import SparsePixels, Threat
 
 _LEVELS = 255

@@ -13,8 +13,9 @@ from patchproof.aggregation.base import Stop
 from patchproof.defenses.checks import check_model
 from patchproof.defenses.inference import model_device
 from patchproof.defenses.surrogate import NetworkScores
+from patchproof.errors import PatchproofError
 from patchproof.precision import exact_inference
-from patchproof.results import Certificates, Kind, PatchproofError, Verdict
+from patchproof.results import Certificates, Kind, Verdict
 
 _REPEATS = 101
 """Predictions that are drawn to see which label is the most frequent."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 _HALF_UNIT = 2.0**-24
 """The largest relative error of one rounding in float32."""

@@ -25,7 +25,7 @@ from patchproof.bounds.operators import (
     Scale,
     Sum,
 )
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 _WAY_OUT = (
     "build the network of Conv2d, Linear, monotone activations, BatchNorm, average and max "

@@ -36,8 +36,8 @@ from patchproof.bounds.windows import (
     gamma,
     rows,
 )
+from patchproof.errors import PatchproofError
 from patchproof.precision import direct_inference
-from patchproof.results import PatchproofError
 
 if TYPE_CHECKING:
     from patchproof.threat.regions import Regions

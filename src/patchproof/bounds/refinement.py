@@ -12,7 +12,7 @@ from patchproof.bounds.backward import AffineLayer, backward_margins, rounding_s
 from patchproof.bounds.graph import Step
 from patchproof.bounds.operators import Bounds, Linear, Monotone, weight_columns
 from patchproof.bounds.windows import Centred, Clean, Everywhere, Windows
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 _WEIGHTS = 4
 """Copies of the first layer's weights, in float64, that a pair of an image and a region takes."""

@@ -13,7 +13,7 @@ from patchproof.bounds.boxes import PatchBoxes, patch_boxes, pixel_bounds
 from patchproof.bounds.operators import Bounds, Convolution, MaximumPool
 from patchproof.bounds.refinement import backward_lowest
 from patchproof.bounds.windows import Windows
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 if TYPE_CHECKING:
     from patchproof.bounds.graph import Step

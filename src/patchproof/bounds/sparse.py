@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from patchproof.bounds.operators import Convolution, Linear
 from patchproof.bounds.windows import gamma
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 
 def sparse_bounds(

@@ -270,11 +270,11 @@ def objects(
     Reads a finished run of patchproof certify. Without --boxes, by class alone.
     The size of the objects in an image is the number of pixels in the union of its boxes.
     """
+    from patchproof.errors import PatchproofError
     from patchproof.evaluation import analyses, read_result
     from patchproof.report.analysis import AnalysisFolder
     from patchproof.report.figures import class_figure, object_size_figure
     from patchproof.report.runs import Run
-    from patchproof.results import PatchproofError
 
     run = Run(read_result(result))
     if not run.result.finished:
@@ -337,8 +337,8 @@ def possible_setups(
         PatchproofError: lists that cannot be read, or a multiplicity, a layout or a patch that is
             impossible with all masks.
     """
+    from patchproof.errors import PatchproofError
     from patchproof.evaluation.analyses import Setup
-    from patchproof.results import PatchproofError
 
     setups: list[Setup] = []
     for which in parse_layouts(layout):
@@ -412,6 +412,6 @@ def parse_layouts(text: str) -> list[Layout]:
 
 
 def _misuse(option: str, expected: str, got: str) -> Exception:
-    from patchproof.results import PatchproofError
+    from patchproof.errors import PatchproofError
 
     return PatchproofError(f"{option}: expected {expected}, got {got!r}")

@@ -136,7 +136,7 @@ def open_crop_bench(
     Raises:
         PatchproofError: two classifiers of the same name, or crops of no size or another.
     """
-    from patchproof.results import PatchproofError
+    from patchproof.errors import PatchproofError
     from patchproof.views.crops import CropViews
 
     bench, classifiers = open_classifiers(weights, **shared)
@@ -351,6 +351,6 @@ def _crop_figures(table: pd.DataFrame) -> Mapping[str, Figure]:
 
 
 def _misuse(option: str, expected: str, got: str) -> Exception:
-    from patchproof.results import PatchproofError
+    from patchproof.errors import PatchproofError
 
     return PatchproofError(f"{option}: expected {expected}, got {got!r}")

@@ -582,6 +582,6 @@ def parse_defenses(text: str) -> list[Aggregator]:
 
 
 def _misuse(option: str, expected: str, got: str) -> Exception:
-    from patchproof.results import PatchproofError
+    from patchproof.errors import PatchproofError
 
     return PatchproofError(f"{option}: expected {expected}, got {got!r}")

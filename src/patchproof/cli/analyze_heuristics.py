@@ -12,7 +12,7 @@ from patchproof.cli import options as opt
 from patchproof.cli.bench import Bench, bench_options, check_out, made_now, make_command, open_bench
 from patchproof.cli.bench import show as show_table
 from patchproof.cli.heuristic_defenses import HEURISTIC_DEFENSES, WATERMARKING, read_setting
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,7 +197,7 @@ def _read(dataset: ImageDataset) -> tuple[Tensor, Tensor, Tensor]:
     import torch
 
     from patchproof.datasets import CorruptImageError
-    from patchproof.results import RunError
+    from patchproof.errors import RunError
 
     read = {}
     for position in range(len(dataset)):

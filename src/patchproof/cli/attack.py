@@ -239,7 +239,7 @@ def _build_attack(
         SquareSearch,
         UniversalAttack,
     )
-    from patchproof.results import PatchproofError
+    from patchproof.errors import PatchproofError
 
     known: dict[str, type[PatchAttack]] = {
         kind.name: kind for kind in (PatchPGD, PatchIFGSM, LaVAN, SquareSearch, UniversalAttack)

@@ -323,7 +323,7 @@ def make_command(
 
 def check_out(out: Path) -> None:
     """Raise ``PatchproofError`` if the folder of the analyses is something else."""
-    from patchproof.results import PatchproofError
+    from patchproof.errors import PatchproofError
 
     if out.exists() and not out.is_dir():
         raise PatchproofError(f"{out}: expected a folder for the analyses, got a file")

@@ -23,7 +23,7 @@ from patchproof.cli.options import (
     parse_threat,
 )
 from patchproof.cli.randomized_cropping import RANDOMIZED_CROPPING, build_randomized_cropping
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 if TYPE_CHECKING:
     import torch

@@ -288,7 +288,7 @@ def open_classifiers(
     Raises:
         PatchproofError: two classifiers of the same name.
     """
-    from patchproof.results import PatchproofError
+    from patchproof.errors import PatchproofError
 
     files: list[Path | None] = [*weights] if weights else [None]
     names = [str(shared["model"]) if file is None else name_of(file) for file in files]

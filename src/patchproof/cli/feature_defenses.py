@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from patchproof.cli.options import parse_ablation, parse_pair, parse_threat
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 if TYPE_CHECKING:
     from torch import nn

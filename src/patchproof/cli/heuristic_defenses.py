@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 if TYPE_CHECKING:
     from torch import nn

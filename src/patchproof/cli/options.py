@@ -79,11 +79,11 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="What to load the weights into: small-resnet, tiny-resnet, bagnet, band-resnet, "
-        "ablation-resnet, ibp-mlp, ibp-conv2, ibp-conv4, ibp-conv5-wide, token-drop:NAME, "
-        "timm:NAME, torchvision:NAME, hf:NAME (a transformers model of the Hugging Face hub, or "
-        "its folder) or python:package.module:factory (installed, or on PYTHONPATH); or onnx:FILE, "
-        "which holds its own. Its resize and normalisation are inside, so that the patch stays in "
-        "the pixels of your images.",
+        "ablation-resnet, crop-resnet9, ibp-mlp, ibp-conv2, ibp-conv4, ibp-conv5-wide, "
+        "token-drop:NAME, timm:NAME, torchvision:NAME, hf:NAME (a transformers model of the "
+        "Hugging Face hub, or its folder) or python:package.module:factory (installed, or on "
+        "PYTHONPATH); or onnx:FILE, which holds its own. Its resize and normalisation are inside, "
+        "so that the patch stays in the pixels of your images.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -131,10 +131,10 @@ DefenseOption = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=JSON",
-        help="An option of a defense that looks at small parts of the image, such as "
-        "feature=confidence, ablation=column:4 or window=8 of patchguard, method=backward of "
-        "interval-bounds, or mode=random-crops and crops=128 of randomized-cropping. May be "
-        "given several times; another name lists those that the defense takes.",
+        help="An option of a defense other than those over masks, such as "
+        "feature=confidence, ablation=column:4 or window=8 of patchguard, method=backward or "
+        "screen=3 of interval-bounds, or mode=random-crops and crops=128 of randomized-cropping. "
+        "May be given several times; another name lists those that the defense takes.",
         rich_help_panel=_DEFENSE,
     ),
 ]
@@ -551,6 +551,6 @@ def _parse_locations(text: str) -> Place:
 
 
 def _misuse(option: str, expected: str, got: str) -> Exception:
-    from patchproof.results import PatchproofError
+    from patchproof.errors import PatchproofError
 
     return PatchproofError(f"{option}: expected {expected}, got {got!r}")

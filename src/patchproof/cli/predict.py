@@ -131,7 +131,8 @@ def _answers(
     """Yield the answers in the order of the files, reading and classifying some at a time."""
     import torch
 
-    from patchproof.results import ALERT, Case, PatchproofError
+    from patchproof.errors import PatchproofError
+    from patchproof.results import ALERT, Case
 
     for start in range(0, len(files), _AT_ONCE):
         answers: dict[int, Answer] = {}
@@ -183,7 +184,7 @@ def _pictures(files: Sequence[Path]) -> EncodedPictures:
 def _survey(files: Sequence[Path]) -> tuple[tuple[int, int], int]:
     """Return the size and the channels of the files, by the headers of those that can be read."""
     from patchproof.datasets.images import survey
-    from patchproof.results import RunError
+    from patchproof.errors import RunError
 
     sizes, channels = survey(_pictures(files), range(len(files)))
     if not sizes:

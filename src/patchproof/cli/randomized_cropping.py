@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from patchproof.cli.options import parse_pair
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 if TYPE_CHECKING:
     from torch import nn

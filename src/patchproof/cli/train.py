@@ -327,14 +327,15 @@ def train(
     """Train a classifier for what a defense shows it of an image.
 
     For PatchCleanser to be right under any two masks, for de-randomized smoothing from one band,
-    for randomized cropping from one crop.
+    for randomized cropping from one crop, for PatchGuard and what is like it by local features;
+    for interval bounds to have narrow ones.
     The epoch is chosen on validation images seen in the same way, never on test images.
     Ctrl-C keeps what the last whole epoch gave.
     """
     from patchproof.cli.building import use_threads
     from patchproof.datasets import load_dataset
+    from patchproof.errors import PatchproofError
     from patchproof.models import ModelSpec
-    from patchproof.results import PatchproofError
     from patchproof.threat import SparsePixels
     from patchproof.training import (
         AblationRecipe,
@@ -525,7 +526,7 @@ def parse_strategy(text: str) -> tuple[Strategy, int]:
     Raises:
         PatchproofError: another strategy, or no number of regions.
     """
-    from patchproof.results import PatchproofError
+    from patchproof.errors import PatchproofError
 
     kind, _, count = text.partition(":")
     match kind:
@@ -542,7 +543,7 @@ def parse_pool(text: str | None) -> tuple[int, ...]:
     Raises:
         PatchproofError: not one or two whole numbers.
     """
-    from patchproof.results import PatchproofError
+    from patchproof.errors import PatchproofError
 
     if text is None:
         return ()
@@ -560,9 +561,9 @@ def choose_ablation(spec: ModelSpec, text: str | None) -> Ablation:
     Raises:
         PatchproofError: neither, or an ablation that cannot be read.
     """
+    from patchproof.errors import PatchproofError
     from patchproof.models import build_model
     from patchproof.models.ablation import Ablation
-    from patchproof.results import PatchproofError
 
     if text is None:
         made_for = getattr(build_model(spec), "ablation", None)
@@ -582,9 +583,9 @@ def choose_crop(spec: ModelSpec, text: str | None) -> tuple[int, int]:
     Raises:
         PatchproofError: neither, or a size that cannot be read or is larger than the image.
     """
+    from patchproof.errors import PatchproofError
     from patchproof.models import build_model
     from patchproof.models.crops import check_crop_size
-    from patchproof.results import PatchproofError
 
     if text is not None:
         return check_crop_size(opt.parse_pair("--crop", text), spec.image_size)
@@ -618,8 +619,8 @@ def corrupted_features(spec: ModelSpec, patch: str | None, window: str | None) -
             corrupts more than a window can hold.
     """
     from patchproof.defenses.feature_windows import choose_windows
+    from patchproof.errors import PatchproofError
     from patchproof.models import build_model
-    from patchproof.results import PatchproofError
     from patchproof.training.evidence import check_local_logits, feature_map
     from patchproof.views import LocalFeatureViews
 
@@ -647,8 +648,8 @@ def spec_of(start: Path) -> ModelSpec:
     Raises:
         PatchproofError: not a classifier file, or one whose model is code that --model must name.
     """
+    from patchproof.errors import PatchproofError
     from patchproof.models import ModelSpec, read_card
-    from patchproof.results import PatchproofError
 
     spec = ModelSpec.from_dict(read_card(start)["model"])
     if spec.name.startswith("python:"):

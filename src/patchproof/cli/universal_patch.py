@@ -76,7 +76,7 @@ def universal_patch(
         use_threads,
     )
     from patchproof.datasets import load_dataset
-    from patchproof.results import PatchproofError
+    from patchproof.errors import PatchproofError
 
     use_threads(threads)
     if out.suffix.lower() not in (".png", ".pdf"):

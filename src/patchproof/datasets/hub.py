@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from patchproof.datasets.images import EncodedPictures
-from patchproof.results import PatchproofError, RunError
+from patchproof.errors import PatchproofError, RunError
 
 _CHOICES = ("config", "image", "label", "revision")
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 if TYPE_CHECKING:
     import PIL.Image

@@ -21,7 +21,7 @@ from patchproof.datasets.images import (
     Pictures,
     survey,
 )
-from patchproof.results import PatchproofError, RunError
+from patchproof.errors import PatchproofError, RunError
 
 _HELD_OUT_SHARE, _HELD_OUT_MOST = 0.1, 5_000
 _SPLIT_NAMES = {"train": "train", "test": "test"} | dict.fromkeys(

@@ -14,7 +14,8 @@ from patchproof.aggregation.base import Stop
 from patchproof.defenses.checks import check_images, check_model, checked_examples
 from patchproof.defenses.inference import model_device
 from patchproof.defenses.saved import SavedDefense
-from patchproof.results import Certificates, PatchproofError, Prediction
+from patchproof.errors import PatchproofError
+from patchproof.results import Certificates, Prediction
 
 C = TypeVar("C", bound=Certificates)
 

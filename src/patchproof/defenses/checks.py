@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.threat.regions import ImageSize
 
 

@@ -6,8 +6,8 @@ from torch import nn
 
 from patchproof.defenses.preprocessed import PreprocessedDefense
 from patchproof.defenses.saved import DEFAULT_FILL
+from patchproof.errors import PatchproofError
 from patchproof.preprocessing import SaliencyMasking
-from patchproof.results import PatchproofError
 from patchproof.threat import SparsePixels, Threat
 from patchproof.threat.regions import ImageSize
 

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from patchproof.aggregation.windows import Windows
 from patchproof.defenses.over_features import FeatureViews
-from patchproof.results import Corruption, PatchproofError
+from patchproof.errors import PatchproofError
+from patchproof.results import Corruption
 from patchproof.threat import Threat
 from patchproof.threat.regions import ImageSize
 from patchproof.views import LocalFeatureViews

@@ -10,7 +10,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from patchproof.results import PatchproofError, RunError
+from patchproof.errors import PatchproofError, RunError
 
 _CPU_VALUES = 2**20
 """Input values of a default batch on the CPU: larger batches leave its caches."""

@@ -22,18 +22,10 @@ from patchproof.defenses.inference import (
     fastest_batch_size,
 )
 from patchproof.defenses.surrogate import NetworkScores, Surrogate
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec
 from patchproof.precision import direct_inference
-from patchproof.results import (
-    Case,
-    Certification,
-    Corruption,
-    Kind,
-    Paper,
-    PatchproofError,
-    Prediction,
-    Verdict,
-)
+from patchproof.results import Case, Certification, Corruption, Kind, Paper, Prediction, Verdict
 from patchproof.threat import Regions, SparsePixels, Threat, threat_from_dict
 from patchproof.threat.regions import ImageSize, check_image_size
 

@@ -18,8 +18,8 @@ from patchproof.defenses.patchguard_plus_plus import PatchGuardPlusPlus
 from patchproof.defenses.randomized_cropping import RandomizedCropping
 from patchproof.defenses.robust_statistics import RobustStatistics
 from patchproof.defenses.undefended import Undefended
+from patchproof.errors import PatchproofError
 from patchproof.models import load_classifier
-from patchproof.results import PatchproofError
 
 FeatureDefense = (
     PatchGuard

@@ -11,8 +11,8 @@ from torch import nn
 from patchproof.aggregation.evidence import LARGEST, Confidence, Evidence, Logits, Prediction
 from patchproof.defenses.checks import check_model
 from patchproof.defenses.saved import DEFAULT_FILL, HidingDefense
+from patchproof.errors import PatchproofError
 from patchproof.models.ablation import Ablation
-from patchproof.results import PatchproofError
 from patchproof.threat import threat_from_dict
 from patchproof.threat.regions import ImageSize, check_image_size
 from patchproof.views import AblatedViews, LocalFeatureViews

@@ -13,7 +13,7 @@ from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
 from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDefense
 from patchproof.defenses.view_scores import TwoMaskScores, ViewScores
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.threat import MaskSet, Threat
 from patchproof.threat.masks import Layout
 from patchproof.threat.regions import ImageSize

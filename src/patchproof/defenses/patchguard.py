@@ -21,8 +21,9 @@ from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
 from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDefense
 from patchproof.defenses.view_scores import ViewScores
+from patchproof.errors import PatchproofError
 from patchproof.models.ablation import Ablation
-from patchproof.results import PatchproofError, Verdict
+from patchproof.results import Verdict
 from patchproof.threat import Threat
 from patchproof.threat.regions import ImageSize
 

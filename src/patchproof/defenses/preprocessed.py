@@ -18,8 +18,9 @@ from patchproof.defenses.inference import (
 )
 from patchproof.defenses.saved import SavedDefense
 from patchproof.defenses.surrogate import NetworkScores, Surrogate
+from patchproof.errors import PatchproofError
 from patchproof.precision import exact_inference
-from patchproof.results import Case, PatchproofError, Prediction
+from patchproof.results import Case, Prediction
 from patchproof.threat import Threat, threat_from_dict
 from patchproof.threat.regions import ImageSize, check_image_size
 

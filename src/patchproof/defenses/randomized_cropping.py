@@ -45,6 +45,7 @@ from patchproof.defenses.inference import (
 from patchproof.defenses.saved import DEFAULT_TOLERANCE
 from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_scores import ViewScores
+from patchproof.errors import PatchproofError
 from patchproof.models.crops import CropSize
 from patchproof.precision import exact_inference
 from patchproof.probability import ProbableCertification
@@ -55,7 +56,6 @@ from patchproof.results import (
     Kind,
     Outputs,
     Paper,
-    PatchproofError,
     Prediction,
     Verdict,
 )

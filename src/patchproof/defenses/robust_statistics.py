@@ -18,8 +18,8 @@ from patchproof.defenses.saved import DEFAULT_FILL, DEFAULT_TOLERANCE
 from patchproof.defenses.surrogate import Surrogate
 from patchproof.defenses.view_defense import ViewDefense
 from patchproof.defenses.view_scores import evidence_scores
+from patchproof.errors import PatchproofError
 from patchproof.models.ablation import Ablation
-from patchproof.results import PatchproofError
 from patchproof.threat import Threat
 from patchproof.threat.regions import ImageSize
 

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Self
 from torch import nn
 
 from patchproof.defenses.surrogate import Surrogate
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec, save_classifier
-from patchproof.results import PatchproofError
 from patchproof.threat import Threat
 from patchproof.threat.regions import ImageSize
 

@@ -29,6 +29,7 @@ from patchproof.defenses.inference import (
 )
 from patchproof.defenses.pool import Pool, choose
 from patchproof.detection import DetectionCertification
+from patchproof.errors import PatchproofError
 from patchproof.precision import exact_inference
 from patchproof.results import (
     INVALID_LABEL,
@@ -38,7 +39,6 @@ from patchproof.results import (
     Kind,
     Outputs,
     Paper,
-    PatchproofError,
     Prediction,
     Verdict,
 )

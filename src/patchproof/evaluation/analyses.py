@@ -18,11 +18,11 @@ import pandas as pd
 from torch import Tensor
 
 from patchproof.defenses.patchcleanser import Inference
+from patchproof.errors import PatchproofError
 from patchproof.evaluation.recording import Recording
 from patchproof.evaluation.replay import RecordedViews, Replay
 from patchproof.evaluation.store import CERTIFIED
 from patchproof.evaluation.summary import Proportion
-from patchproof.results import PatchproofError
 from patchproof.threat import MaskSet, SquarePatch, Threat
 from patchproof.threat.masks import Layout
 from patchproof.threat.regions import ImageSize

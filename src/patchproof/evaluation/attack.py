@@ -17,6 +17,7 @@ from torch import Tensor
 from patchproof.attacks import AttackResult, PatchAttack, Victim
 from patchproof.attacks.victim import Attackable, draws_predictions
 from patchproof.datasets import CorruptImageError, ImageDataset
+from patchproof.errors import PatchproofError, RunError
 from patchproof.evaluation.certifier import Described
 from patchproof.evaluation.provenance import check_fit, how_made, identity, logits
 from patchproof.evaluation.sandwich import check_comparable
@@ -31,7 +32,7 @@ from patchproof.evaluation.store import (
 )
 from patchproof.evaluation.summary import AttackSummary, summarize_attack
 from patchproof.models import ModelSpec
-from patchproof.results import ALERT, PatchproofError, RunError
+from patchproof.results import ALERT
 from patchproof.threat import SparsePixels
 
 Knowledge = Literal["defense", "model"]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from patchproof.aggregation.base import Stop
 from patchproof.datasets import CorruptImageError, ImageDataset
+from patchproof.errors import RunError
 from patchproof.evaluation.certifier import AnyCertification, Certifier
 from patchproof.evaluation.gallery import choose_images, make_gallery
 from patchproof.evaluation.provenance import check_fit, how_made, identity, logits
@@ -27,7 +28,7 @@ from patchproof.evaluation.store import (
 )
 from patchproof.evaluation.summary import AnySummary, summarize
 from patchproof.models import ModelSpec
-from patchproof.results import Case, RunError
+from patchproof.results import Case
 
 SHARD_IMAGES = 512
 SHARD_SECONDS = 30.0

@@ -41,10 +41,11 @@ from patchproof.defenses.over_features import (
     default_feature,
     evidence_of,
 )
+from patchproof.errors import PatchproofError
 from patchproof.evaluation.feature_recording import Attack, FeatureRecording, Part
 from patchproof.evaluation.local_attack import RandomPlaceAttack
 from patchproof.evaluation.summary import Proportion
-from patchproof.results import Corruption, PatchproofError, Verdict
+from patchproof.results import Corruption, Verdict
 from patchproof.threat import SquarePatch, Threat
 from patchproof.threat.regions import ImageSize
 from patchproof.views import LocalFeatureViews

@@ -23,8 +23,8 @@ from patchproof.defenses import (
     LocalGradientSmoothing,
     Undefended,
 )
+from patchproof.errors import PatchproofError
 from patchproof.evaluation.feature_analyses import accuracies
-from patchproof.results import PatchproofError
 
 Settings = Mapping[str, Any]
 """Arguments of a defense by their names."""

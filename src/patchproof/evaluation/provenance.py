@@ -14,10 +14,10 @@ from torch import Tensor
 
 from patchproof.datasets import ImageDataset
 from patchproof.defenses.checks import check_model
+from patchproof.errors import PatchproofError
 from patchproof.evaluation.certifier import Described
 from patchproof.models import ModelSpec, model_digest
 from patchproof.precision import exact_inference
-from patchproof.results import PatchproofError
 
 
 def check_fit(defense: Described, dataset: ImageDataset) -> None:

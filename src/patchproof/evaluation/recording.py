@@ -32,10 +32,11 @@ from patchproof.defenses.inference import (
     in_fitting_batches,
     model_device,
 )
+from patchproof.errors import PatchproofError, RunError
 from patchproof.evaluation.provenance import describe_device
 from patchproof.models import ModelSpec, model_digest, write_atomically
 from patchproof.precision import exact_inference
-from patchproof.results import Outputs, PatchproofError, RunError
+from patchproof.results import Outputs
 from patchproof.threat import MaskSet
 from patchproof.views import MaskPairViews
 

@@ -15,9 +15,10 @@ from typing import Any
 import pandas as pd
 from scipy.stats import binom
 
+from patchproof.errors import PatchproofError, RunError
 from patchproof.evaluation.store import CERTIFIED, Result, RunKind
 from patchproof.evaluation.summary import Proportion
-from patchproof.results import Paper, PatchproofError, RunError
+from patchproof.results import Paper
 
 SIGNIFICANCE = 1e-6
 """An image is broken where predictions are drawn at random if so few right ones have at most this

@@ -20,6 +20,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from patchproof.errors import PatchproofError, RunError
 from patchproof.evaluation.summary import (
     AnySummary,
     AttackSummary,
@@ -27,7 +28,7 @@ from patchproof.evaluation.summary import (
     summarize_attack,
 )
 from patchproof.models.weights import write_atomically
-from patchproof.results import Case, Kind, Paper, PatchproofError, RunError
+from patchproof.results import Case, Kind, Paper
 
 FORMAT = "patchproof-result/1"
 

@@ -11,7 +11,8 @@ import torch
 from scipy.stats import binomtest
 
 from patchproof.detection import Thresholds
-from patchproof.results import ALERT, Kind, Paper, RunError
+from patchproof.errors import RunError
+from patchproof.results import ALERT, Kind, Paper
 
 
 @dataclass(frozen=True)

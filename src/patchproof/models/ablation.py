@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from patchproof.errors import PatchproofError
 from patchproof.models.small import PooledResidualBlock, SmallResNet
-from patchproof.results import PatchproofError
 
 AblationKind = Literal["column", "row", "block"]
 

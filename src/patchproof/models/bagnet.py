@@ -14,7 +14,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 
 class LocalNetwork(Protocol):

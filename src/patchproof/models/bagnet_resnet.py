@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from patchproof.errors import PatchproofError
 from patchproof.models.preprocessed import Preprocessed
-from patchproof.results import PatchproofError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 CropSize = tuple[int, int]
 """Height and width of a crop in pixels."""

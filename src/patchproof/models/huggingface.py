@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from patchproof.errors import PatchproofError, RunError
 from patchproof.models.preprocessed import Interpolation, Preprocessed, Preprocessing
-from patchproof.results import PatchproofError, RunError
 
 if TYPE_CHECKING:
     from patchproof.models.spec import ModelSpec

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from patchproof.errors import PatchproofError, RunError
 from patchproof.models.preprocessed import Preprocessed, Preprocessing
-from patchproof.results import PatchproofError, RunError
 
 if TYPE_CHECKING:
     from patchproof.models.spec import ModelSpec

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 Interpolation = Literal["nearest-exact", "bilinear", "bicubic"]
 

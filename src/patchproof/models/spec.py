@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from patchproof.errors import PatchproofError, RunError
 from patchproof.models.ablation import AblationResNet, BandResNet
 from patchproof.models.bagnet import BagNet
 from patchproof.models.bagnet_resnet import PreprocessedBagNet
@@ -23,7 +24,6 @@ from patchproof.models.preprocessed import Preprocessed
 from patchproof.models.resmlp import PUBLISHED, resized_resmlp
 from patchproof.models.small import SmallResNet, TinyResNet
 from patchproof.models.token_drop import TokenDropTransformer
-from patchproof.results import PatchproofError, RunError
 
 _OWN: dict[str, Callable[..., nn.Module]] = {
     "small-resnet": SmallResNet,

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchproof.errors import PatchproofError
 from patchproof.models.ablation import Ablation, AblationKind, Kept, check_kept
-from patchproof.results import PatchproofError
 
 
 class TokenDropTransformer(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 
 class GuideUNet(nn.Module):

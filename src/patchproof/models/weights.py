@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patchproof.errors import PatchproofError, RunError
 from patchproof.models.preprocessed import Preprocessed
 from patchproof.models.spec import ModelSpec, build_model
-from patchproof.results import PatchproofError, RunError
 
 FORMAT = "patchproof-classifier/1"
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchproof.errors import PatchproofError
 from patchproof.preprocessing.squares import pixels_in, window_means
-from patchproof.results import PatchproofError
 
 _FLAT = 1e-12
 """Gradients of an image whose range is no larger count as equal: there is nothing to smooth."""

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchproof.errors import PatchproofError
 from patchproof.preprocessing.guided import GuidedReLUs
 from patchproof.preprocessing.squares import pixels_in, window_means
-from patchproof.results import PatchproofError
 
 
 class SaliencyMasking(nn.Module):

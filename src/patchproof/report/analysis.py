@@ -14,9 +14,9 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from patchproof.errors import PatchproofError
 from patchproof.evaluation.store import check_same_run
 from patchproof.models import write_atomically
-from patchproof.results import PatchproofError
 
 FORMAT = "patchproof-analysis/1"
 

@@ -15,6 +15,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from patchproof.errors import PatchproofError
 from patchproof.evaluation.sandwich import (
     Sandwich,
     check_consistent,
@@ -29,7 +30,7 @@ from patchproof.report import plots
 from patchproof.report.analysis import AnalysisFolder
 from patchproof.report.published import SOURCE_NOTES, comparable, load_published
 from patchproof.report.runs import MEASURES, Run
-from patchproof.results import ALERT, PatchproofError
+from patchproof.results import ALERT
 from patchproof.threat.masks import Mask
 
 _ENLARGED_UP_TO = 64

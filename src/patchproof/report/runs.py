@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from patchproof.errors import PatchproofError
 from patchproof.evaluation.store import Result, RunKind, run_paper
 from patchproof.evaluation.summary import (
     AttackSummary,
@@ -18,7 +19,7 @@ from patchproof.evaluation.summary import (
     Proportion,
     Summary,
 )
-from patchproof.results import ALERT, PatchproofError
+from patchproof.results import ALERT
 from patchproof.threat import SparsePixels, Threat, threat_from_dict
 from patchproof.threat.masks import Mask, unlisted_masks
 

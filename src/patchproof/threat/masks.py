@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from patchproof.results import PatchproofError, distinct_rows
+from patchproof.errors import PatchproofError
+from patchproof.results import distinct_rows
 from patchproof.threat.covering import least_staircase
 from patchproof.threat.patches import AnyPatch, AnyRectangle, MultiplePatches, Threat
 from patchproof.threat.regions import Box, ImageSize, PixelSets, check_image_size

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from patchproof.results import Corruption, PatchproofError
+from patchproof.errors import PatchproofError
+from patchproof.results import Corruption
 from patchproof.threat.regions import Box, ImageSize, PixelSets, Regions, check_image_size
 from patchproof.threat.shapes import Point, Shape, largest, touched_pixels
 

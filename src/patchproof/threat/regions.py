@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from patchproof.results import PatchproofError, distinct_rows
+from patchproof.errors import PatchproofError
+from patchproof.results import distinct_rows
 
 ImageSize = tuple[int, int]
 """Height and width in pixels."""

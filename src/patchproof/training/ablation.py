@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec
 from patchproof.models.ablation import AblatedNetwork, Ablation, Kept
-from patchproof.results import PatchproofError
 from patchproof.training.masking import draw_candidates
 from patchproof.training.voting import VotingRecipe
 

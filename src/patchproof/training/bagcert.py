@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.training.evidence import LocalRecipe, local_logits
 
 

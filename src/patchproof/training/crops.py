@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec
 from patchproof.models.crops import CropNetwork, CropSize, check_crop_size, cut
-from patchproof.results import PatchproofError
 from patchproof.training.voting import VotingRecipe
 
 VALIDATION_CROPS = 49

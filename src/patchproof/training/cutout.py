@@ -19,8 +19,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec
-from patchproof.results import PatchproofError
 from patchproof.training.masking import GreedyMasks, greedy_pair, random_squares
 from patchproof.training.recipe import Recipe
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec, bagnet
-from patchproof.results import PatchproofError
 from patchproof.training.recipe import Recipe
 
 Statistic = Literal["median", "trimmed-mean", "top-masking"]

@@ -30,9 +30,9 @@ from torch.nn import functional
 
 from patchproof.bounds import BoundedNetwork, PatchBoxes, patch_boxes
 from patchproof.bounds.search import phases, regions_together
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec
 from patchproof.models.unet import GuideUNet
-from patchproof.results import PatchproofError
 from patchproof.threat import SparsePixels, Threat
 from patchproof.training.recipe import Optimizer, Precision, Recipe, Step
 

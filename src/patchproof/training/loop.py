@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from patchproof.datasets import ImageDataset
+from patchproof.errors import PatchproofError, RunError
 from patchproof.models import (
     ModelSpec,
     build_model,
@@ -23,7 +24,6 @@ from patchproof.models import (
     save_classifier,
     write_atomically,
 )
-from patchproof.results import PatchproofError, RunError
 from patchproof.training.recipe import Recipe, Step
 
 

@@ -11,8 +11,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from patchproof.errors import PatchproofError
 from patchproof.models import ModelSpec
-from patchproof.results import PatchproofError
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 Optimizer = Literal["sgd", "adamw"]

@@ -7,8 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from patchproof.errors import PatchproofError
 from patchproof.models.ablation import Ablation, Kept
-from patchproof.results import Corruption, PatchproofError
+from patchproof.results import Corruption
 from patchproof.threat import Threat
 from patchproof.threat.regions import ImageSize, PixelSets, check_image_size
 

@@ -6,7 +6,7 @@ from typing import Protocol, cast
 
 from torch import Tensor, nn
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.threat.regions import ImageSize, check_image_size
 from patchproof.views.reach import output_reach
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patchproof.errors import PatchproofError
 from patchproof.models.crops import CropNetwork, CropSize, check_crop_size, cut
 from patchproof.precision import exact_inference
-from patchproof.results import Corruption, PatchproofError, distinct_rows
+from patchproof.results import Corruption, distinct_rows
 from patchproof.threat import Regions, Threat
 from patchproof.threat.regions import Box, ImageSize
 from patchproof.threat.shapes import boxes_of, pixels_of

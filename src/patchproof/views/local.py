@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from patchproof.errors import PatchproofError
 from patchproof.models.bagnet import local_logits
-from patchproof.results import Corruption, PatchproofError
+from patchproof.results import Corruption
 from patchproof.threat import Threat
 from patchproof.threat.regions import ImageSize
 from patchproof.views.receptive import receptive_fields

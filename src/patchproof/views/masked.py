@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from patchproof.results import PatchproofError, distinct_rows
+from patchproof.errors import PatchproofError
+from patchproof.results import distinct_rows
 from patchproof.threat import MaskSet
 from patchproof.views.occluded import OccludedViews
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from patchproof.results import Corruption, PatchproofError
+from patchproof.errors import PatchproofError
+from patchproof.results import Corruption
 from patchproof.threat import MaskSet, Threat
 from patchproof.threat.regions import PixelSets
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 
 Reach = tuple[Tensor, ...]
 """First row, first column, minus end row, minus end column of the half-open box of each element.

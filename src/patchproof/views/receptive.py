@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patchproof.results import PatchproofError
+from patchproof.errors import PatchproofError
 from patchproof.threat.regions import ImageSize, PixelSets, check_image_size
 from patchproof.views.reach import output_reach
 
