@@ -1,4 +1,4 @@
-"""What every defense returns: verdicts per patch region, certificates, and errors."""
+"""What every defense returns: verdicts per patch region, and certificates."""
 
 from __future__ import annotations
 

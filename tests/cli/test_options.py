@@ -172,7 +172,7 @@ def test_a_stencil_is_every_pixel_of_a_picture_that_is_not_black(tmp_path: Path)
         ("2*sparse:4", None, "anywhere", "expected a threat of one patch"),
         ("5+sparse:4", None, "anywhere", "expected a threat of one patch"),
         ("5+2*4", None, "anywhere", "number of patches before"),
-        ("5+", None, "anywhere", "--patch: expected a number such as 6"),
+        ("5+", None, "anywhere", "--patch: expected a size of at least 1 such as 5"),
         ("5+33", None, "anywhere", "no larger than the 32x32 image"),
         ("5+12x2", None, "0,0,9,9", "holds a 12x2 patch"),
         ("rectangle:5@45", None, "anywhere", "rectangle:12x2@45"),
