@@ -441,10 +441,11 @@ def test_the_ways_to_flatten_are_one(flatten):
     [
         (lambda values: values.view(values.size(0), 3, -1).sum(2), "view"),
         (lambda values: values.flatten(1)[:, :126] * values.size(0), "no rule for"),
-        (lambda values: values.flatten(1) + values.size(0), "sizes"),
+        (lambda values: values.flatten(1) + values.size(0), "no rule for size here"),
+        (lambda values: values.chunk(2)[0].flatten(1), "no rule for chunk here"),
     ],
 )
-def test_what_else_is_done_with_sizes_is_refused(flatten, named):
+def test_what_else_is_done_with_sizes_and_parts_is_refused(flatten, named):
     model = Reshaping(flatten).eval()
     model.last = nn.LazyLinear(3)
     model(torch.zeros(1, 2, 9, 8))

@@ -190,8 +190,10 @@ def _operator(
         if after != (before[0], before[1:].numel()):
             raise _refuse(node, f"{node.target} that is not Flatten")
         return _flatten(node, root)
-    if not all(arg in shapes for arg in values):
-        raise _refuse(node, "what sizes are computed with")
+    for arg in values:
+        if arg not in shapes:  # a size, or several tensors
+            what = getattr(arg.target, "__name__", arg.target)
+            raise _refuse(arg, f"{what} here")
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         if len(node.args) != 1 or node.kwargs or len(values) != 1:
