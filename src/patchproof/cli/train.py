@@ -237,7 +237,8 @@ def train(
         float | None,
         typer.Option(
             help="Share of the training after which a patch may show anything, more and more until "
-            "then; the learning rate falls only from there on. By default 0.61.",
+            "then; a tenth of the training later the learning rate begins to fall. By default "
+            "0.61.",
             rich_help_panel=_BOUNDS,
         ),
     ] = None,
