@@ -453,7 +453,7 @@ def test_what_else_is_done_with_sizes_and_parts_is_refused(flatten, named):
         BoundedNetwork(model, (2, 9, 8))
 
 
-@pytest.mark.parametrize("screen", [1, 4])
+@pytest.mark.parametrize("screen", [1, 4, 8])
 def test_no_layer_takes_more_than_its_share_of_the_budget(screen, monkeypatch):
     largest, propagate = 0, operators.Convolution.propagate
 

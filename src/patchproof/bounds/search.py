@@ -54,6 +54,7 @@ class Search:
                 for members, union in self._groups(boxes)
             ]
             at_once = min(self._at_once(union) for _, union in groups)
+            alone_at_once = self._at_once(boxes)
             for batch in _split(torch.arange(len(images)), max(1, at_once // _REGIONS)):
                 prepared = self.network.prepare(images[batch], labels[batch], slack=True)
                 for members, union in groups:
@@ -69,7 +70,9 @@ class Search:
                                 prepared = prepared.choose(keep)
                         found = self._lowest(prepared, union.choose(chunk))
                         if members.shape[1] > 1:
-                            found = self._refine(prepared, boxes, members[chunk], found, at_once)
+                            found = self._refine(
+                                prepared, boxes, members[chunk], found, alone_at_once
+                            )
                         for column in range(members.shape[1]):
                             here = members[chunk, column]
                             lowest[batch[:, None], places[here]] = found[:, :, column].T
@@ -116,9 +119,10 @@ class Search:
         found = found.expand(-1, -1, members.shape[1]).clone()
         for group, places in enumerate(members):
             open_images = (~(found[group, :, 0] > 0)).nonzero().squeeze(1)
-            for some in _split(open_images, max(1, at_once // len(places))):
-                each = self._lowest(prepared.choose(some), boxes.choose(places))
-                found[group, some] = each[:, :, 0].T
+            for part in _split(torch.arange(len(places)), at_once):
+                for some in _split(open_images, max(1, at_once // len(part))):
+                    each = self._lowest(prepared.choose(some), boxes.choose(places[part]))
+                    found[group, some[:, None], part] = each[:, :, 0].T
         return found
 
     def _groups(self, boxes: PatchBoxes) -> list[tuple[Tensor, PatchBoxes]]:
