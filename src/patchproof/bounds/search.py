@@ -54,7 +54,7 @@ class Search:
                 for members, union in self._groups(boxes)
             ]
             at_once = min(self._at_once(union) for _, union in groups)
-            alone_at_once = self._at_once(boxes)
+            alone_at_once = self._at_once(boxes) if self.screen > 1 else at_once
             for batch in _split(torch.arange(len(images)), max(1, at_once // _REGIONS)):
                 prepared = self.network.prepare(images[batch], labels[batch], slack=True)
                 for members, union in groups:

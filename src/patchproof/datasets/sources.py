@@ -239,16 +239,13 @@ def _image_folder(folder: Path) -> _Splits:
     folders = {_SPLIT_NAMES[f.name]: f for f in _folders(folder) if f.name in _SPLIT_NAMES}
     if folders:
         return {split: partial(_folder_rows, inner) for split, inner in folders.items()}
-    if not _folders(folder):
-        raise PatchproofError(f"expected Parquet files or class folders in {folder}, got none")
+    _class_folders(folder)
     return {"all": partial(_folder_rows, folder)}
 
 
 def _folder_rows(folder: Path, class_names: tuple[str, ...] | None = None) -> _Rows:
     """Collect the images of each class folder; classes are in the order of the folders' names."""
-    classes = _folders(folder)
-    if not classes:
-        raise PatchproofError(f"expected Parquet files or class folders in {folder}, got none")
+    classes = _class_folders(folder)
     files = [
         (file, label)
         for label, inner in enumerate(classes)
@@ -261,6 +258,14 @@ def _folder_rows(folder: Path, class_names: tuple[str, ...] | None = None) -> _R
     )
     labels = torch.tensor([label for _, label in files], dtype=torch.int64)
     return _Rows(pictures, labels, class_names or tuple(inner.name for inner in classes))
+
+
+def _class_folders(folder: Path) -> list[Path]:
+    """Return the folder of each class, or raise if there is none."""
+    classes = _folders(folder)
+    if not classes:
+        raise PatchproofError(f"expected Parquet files or class folders in {folder}, got none")
+    return classes
 
 
 def _folders(folder: Path) -> list[Path]:
