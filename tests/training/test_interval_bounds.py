@@ -179,6 +179,8 @@ def test_the_learning_rate_halves_a_while_after_the_interval_is_whole():
     settings = recipe(growth=0.6, halving=0.1)
     assert [settings.rate(done) for done in (0.0, 0.3, 0.59)] == [1.0, 1.0, 1.0]
     assert [settings.rate(done) for done in (0.65, 0.75, 0.85, 0.99)] == [1.0, 0.5, 0.25, 0.125]
+    settings = replace(settings, full_rate=0.3)
+    assert [settings.rate(done) for done in (0.2, 0.35, 0.45, 0.55)] == [1.0, 0.5, 0.25, 0.125]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +189,7 @@ def test_the_learning_rate_halves_a_while_after_the_interval_is_whole():
         ({"strategy": "some"}, "expected a strategy"),
         ({"regions": 0}, "expected regions from 1"),
         ({"growth": 0.0}, "expected growth above 0"),
+        ({"full_rate": 1.5}, "expected full_rate above 0 and up to 1, got 1.5"),
         (
             {"clean_start": 0.7},
             "expected clean_start from 0 and below growth, got 0.7 and growth 0.61",

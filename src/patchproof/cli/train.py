@@ -53,6 +53,7 @@ _TAKEN_BY: dict[str, tuple[str, ...]] = {
     "--pool": ("interval-bounds",),
     "--clean-start": ("interval-bounds",),
     "--growth": ("interval-bounds",),
+    "--full-rate": ("interval-bounds",),
 }
 """The recipes that an option belongs to; all others refuse it."""
 
@@ -237,8 +238,15 @@ def train(
         float | None,
         typer.Option(
             help="Share of the training after which a patch may show anything, more and more until "
-            "then; a tenth of the training later the learning rate begins to fall. By default "
-            "0.61.",
+            "then. By default 0.61.",
+            rich_help_panel=_BOUNDS,
+        ),
+    ] = None,
+    full_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the training after which the learning rate is halved, and again after "
+            "every further tenth. By default a tenth after --growth.",
             rich_help_panel=_BOUNDS,
         ),
     ] = None,
@@ -368,6 +376,7 @@ def train(
         "--pool": pool,
         "--clean-start": clean_start,
         "--growth": growth,
+        "--full-rate": full_rate,
     }
     for option, value in given.items():
         if value is not None and recipe not in (suited := _TAKEN_BY[option]):
@@ -467,6 +476,7 @@ def train(
                 pool=parse_pool(pool),
                 clean_start=0.05 if clean_start is None else clean_start,
                 growth=0.61 if growth is None else growth,
+                full_rate=full_rate,
                 **common,
             )
         case "ablation":

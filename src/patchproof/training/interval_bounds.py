@@ -62,8 +62,9 @@ class IntervalBoundsRecipe(Recipe):
             need it: bounds that grow before anything is learned teach them to ignore the image.
         growth: share of the training after which the interval of a pixel, which has grown from 0
             since, is [0, 1].
-        halving: share of the training, from then on, after which the learning rate falls by half
-            each time.
+        full_rate: share of the training after which the learning rate is halved for the first time;
+            None for a ``halving`` after the growth.
+        halving: share of the training after which it is halved each further time.
         guide_width: channels of the U-Net at full resolution.
         certified_images: validation images that are certified after each epoch.
     """
@@ -74,6 +75,7 @@ class IntervalBoundsRecipe(Recipe):
     pool: tuple[int, ...] = ()
     clean_start: float = 0.05
     growth: float = 0.61
+    full_rate: float | None = None
     halving: float = 0.1
     guide_width: int = 4
     certified_images: int = 1000
@@ -103,11 +105,10 @@ class IntervalBoundsRecipe(Recipe):
                 "expected no strategy for sparse pixels, which have no regions to choose from, "
                 f"got {self.strategy}"
             )
-        for name in ("growth", "halving"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise PatchproofError(
-                    f"expected {name} above 0 and up to 1, got {getattr(self, name)}"
-                )
+        for name in ("growth", "full_rate", "halving"):
+            share = getattr(self, name)
+            if share is not None and not 0.0 < share <= 1.0:
+                raise PatchproofError(f"expected {name} above 0 and up to 1, got {share}")
         if not 0.0 <= self.clean_start < self.growth:
             raise PatchproofError(
                 "expected clean_start from 0 and below growth, "
@@ -144,8 +145,9 @@ class IntervalBoundsRecipe(Recipe):
         return super().to_dict() | {"threat": self.threat.to_dict()}
 
     def rate(self, done: float) -> float:
-        """Return 1 while the interval grows, and then halve it after each ``halving``."""
-        return math.exp2(-max(0.0, (done - self.growth) // self.halving))
+        """Return 1 up to ``full_rate``, then half of it, and half again after each ``halving``."""
+        first = self.growth + self.halving if self.full_rate is None else self.full_rate
+        return math.exp2(-max(0.0, 1 + (done - first) // self.halving))
 
     def companion(self, spec: ModelSpec) -> nn.Module | None:
         """Return the U-Net of guided training."""
