@@ -263,8 +263,8 @@ def _claim_folder(out: Path, card: dict[str, Any]) -> None:
         )
         if differing:
             raise PatchproofError(
-                f"expected a new folder or one of this training, got {out}, of another: "
-                f"{', '.join(differing)} differ"
+                f"expected a new folder or one of this training, got {out}, of "
+                f"another {', '.join(differing)}"
             )
     else:
         write_atomically(path, json.dumps(card, indent=2).encode())
